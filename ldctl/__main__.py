@@ -1,0 +1,5 @@
+"""`python -m ldctl`, as torchrun starts it."""
+
+from ldctl.cli import main
+
+main()

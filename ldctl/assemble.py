@@ -1,0 +1,206 @@
+"""Assemble a run: its device, data and detectors, as the spec says."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from pydantic import ValidationError
+
+from ldctl import checkpoint, distributed, toml
+from ldctl.checkpoint import CheckpointMeta
+from ldctl.data import DataSpec, check_classes, open_dataset
+from ldctl.data.check import inspect
+from ldctl.errors import CheckpointError, MissingError, SpecError
+from ldctl.models.detector import Detector, ModelSpec, initialize
+from ldctl.run_folder import FAULTS_FILE
+from ldctl.spec import DistillationSpec, DistillSpec, RunSpec, TrainSpec
+from ldctl.trainer import STATE_FILE, Job, shapes
+from ldctl.types import Dataset
+
+SHOWN_FAULTS = 20
+
+
+def note(text: str) -> None:
+    """Tell the user something that is no result, once over all ranks."""
+    if distributed.is_main():
+        print(text, file=sys.stderr)  # noqa: T201 (the terminal is where this belongs)
+
+
+def start(spec: RunSpec) -> torch.device:
+    """Choose the device and join the other ranks, if torchrun started several.
+
+    Raises:
+        MissingError: There is no such device.
+        SpecError: The batch cannot be shared out.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    check_share("train", spec.train, ranks)
+    if isinstance(spec, DistillSpec) and spec.teacher.path is None:
+        check_share("teacher.train", spec.teacher.train, ranks)
+    device = choose_device(spec.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # objects travel between ranks through the current one
+    if ranks > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def check_share(section: str, train: TrainSpec, ranks: int) -> None:
+    """Refuse a batch that ranks and micro-batches cannot share evenly.
+
+    Raises:
+        SpecError: They cannot.
+    """
+    share = ranks * train.accumulate
+    if train.batch % share:
+        raise SpecError(
+            f"{section}.batch {train.batch} does not divide into {ranks} ranks x {train.accumulate} micro-batches: "
+            f"make it a multiple of {share}"
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that a spec names; `cuda` is this process's GPU, `auto` too, or the CPU where there is none.
+
+    Raises:
+        MissingError: There is no such device here.
+    """
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if name == "auto":
+        name = own if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(own if name == "cuda" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise MissingError(
+            f"--device {name}: not available here: use cpu, or check the driver and torch's build"
+        ) from error
+    return device
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all detectors that a command trains have in common.
+
+    Attributes:
+        device: Where to train.
+        train_set: Images to train on.
+        val_set: Images to evaluate on.
+        faults: What is wrong with the data, a line each; the data sets are without it.
+        quiet: No progress display.
+    """
+
+    device: torch.device
+    train_set: Dataset
+    val_set: Dataset
+    faults: tuple[str, ...]
+    quiet: bool
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a hash of both splits."""
+        return hashlib.sha256(f"{self.train_set.fingerprint} {self.val_set.fingerprint}".encode()).hexdigest()
+
+
+def open_data(spec: DataSpec, device: torch.device, *, quiet: bool) -> Setting:
+    """Open and check both splits; say what is wrong with the data and what is done about it.
+
+    Raises:
+        DataError: There is no data, or nothing of it is usable.
+    """
+    inspections = [inspect(open_dataset(spec, split)) for split in ("train", "val")]
+    train_set, val_set = (one.dataset for one in inspections)
+    check_classes(train_set, val_set)
+    faults = tuple(str(fault) for one in inspections for fault in one.faults)
+    note_faults(faults, f", all in {FAULTS_FILE} of the run's folder")
+    for name, one in (("train", train_set), ("val", val_set)):
+        boxes = sum(len(sample.label) for sample in one.samples)
+        note(f"{name}: {len(one.samples)} images, {boxes} boxes, {len(one.classes)} classes from {one.name}")
+    return Setting(device, train_set, val_set, faults, quiet)
+
+
+def note_faults(faults: Sequence[str], rest: str = "") -> None:
+    """Show the first faults of the data, and how many more there are; `rest` says where those can be read."""
+    for fault in faults[:SHOWN_FAULTS]:
+        note(f"data: {fault}")
+    if len(faults) > SHOWN_FAULTS:
+        note(f"data: and {len(faults) - SHOWN_FAULTS} faults more{rest}")
+
+
+def load_detector(path: Path) -> tuple[Detector, CheckpointMeta]:
+    """Build the detector of a checkpoint, on the CPU.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or not a detector's.
+    """
+    loaded = checkpoint.load(path)
+    try:
+        spec = ModelSpec.model_validate_json(json.dumps(loaded.meta.model))
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: holds a model that this version cannot build: update ldctl") from error
+    detector = Detector(spec, len(loaded.meta.classes))
+    checkpoint.fit(loaded.tensors, shapes(detector), path)
+    detector.load_state_dict(loaded.tensors)
+    return detector, loaded.meta
+
+
+def make_job(
+    spec: RunSpec,
+    name: str,
+    folder: Path,
+    model: ModelSpec,
+    setting: Setting,
+    teacher: Detector | None = None,
+    distill: DistillationSpec | None = None,
+    teacher_sha256: str | None = None,
+) -> Job:
+    """Build a detector with its initial weights, and everything else that its training needs.
+
+    Args:
+        spec: How to train it.
+        name: What messages call it.
+        folder: Where its files go; when they hold a state, the initial weights are not loaded.
+        model: The detector.
+        setting: Device and data.
+        teacher: What it learns from.
+        distill: What it learns from the teacher; given exactly when a teacher is.
+        teacher_sha256: Hash of the teacher's file, for the checkpoint.
+    """
+    torch.manual_seed(spec.train.seed)
+    detector = Detector(model, len(setting.train_set.classes))
+    if not (folder / STATE_FILE).exists():
+        initialize(detector)
+
+    def meta(metrics: dict[str, float]) -> CheckpointMeta:
+        return CheckpointMeta(
+            model=model.model_dump(mode="json"),
+            classes=setting.train_set.classes,
+            short_side=spec.data.short_side[1],
+            long_side=spec.data.long_side,
+            spec=toml.dumps(spec),
+            metrics=metrics,
+            teacher_sha256=teacher_sha256,
+            data_fingerprint=setting.fingerprint,
+        )
+
+    return Job(
+        name=name,
+        folder=folder,
+        detector=detector.to(setting.device),
+        teacher=teacher.eval().requires_grad_(False).to(setting.device) if teacher else None,
+        distill=distill,
+        train=spec.train,
+        data=spec.data,
+        postprocess=spec.postprocess,
+        train_set=setting.train_set,
+        val_set=setting.val_set,
+        meta=meta,
+        device=setting.device,
+        quiet=setting.quiet,
+    )

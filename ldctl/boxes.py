@@ -1,0 +1,122 @@
+"""Box formats, overlaps, the edge-distribution integral and the grid of locations."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ldctl.types import Locations
+
+EPS = 1e-6  # floor of every denominator, as in the reference
+PAD_MULTIPLE = 32  # images are padded to multiples: the coarsest stride that the backbone halves to
+
+
+def box_area(xyxy: Float[Tensor, "*S 4"]) -> Float[Tensor, "*S"]:
+    """Return width times height, in the square of the boxes' unit."""
+    return (xyxy[..., 2] - xyxy[..., 0]) * (xyxy[..., 3] - xyxy[..., 1])
+
+
+def intersection(a_xyxy: Float[Tensor, "*#S 4"], b_xyxy: Float[Tensor, "*#S 4"]) -> Float[Tensor, "*S"]:
+    """Return the area that two boxes share; shapes broadcast."""
+    top_left = torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
+    bottom_right = torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:])
+    return (bottom_right - top_left).clamp(min=0).prod(dim=-1)
+
+
+def box_iou(a_xyxy: Float[Tensor, "*#S 4"], b_xyxy: Float[Tensor, "*#S 4"]) -> Float[Tensor, "*S"]:
+    """Return intersection over union in [0, 1]; shapes broadcast."""
+    shared = intersection(a_xyxy, b_xyxy)
+    union = box_area(a_xyxy) + box_area(b_xyxy) - shared
+    return shared / union.clamp(min=EPS)
+
+
+def box_giou(a_xyxy: Float[Tensor, "*#S 4"], b_xyxy: Float[Tensor, "*#S 4"]) -> Float[Tensor, "*S"]:
+    """Return generalized IoU in [-1, 1]: IoU minus the share of the enclosing box that neither covers.
+
+    Source: GIoU (CVPR 2019, arXiv:1902.09630).
+    """
+    shared = intersection(a_xyxy, b_xyxy)
+    union = (box_area(a_xyxy) + box_area(b_xyxy) - shared).clamp(min=EPS)
+    enclosing = box_area(enclosing_box(a_xyxy, b_xyxy)).clamp(min=EPS)
+    return shared / union - (enclosing - union) / enclosing
+
+
+def enclosing_box(a_xyxy: Float[Tensor, "*#S 4"], b_xyxy: Float[Tensor, "*#S 4"]) -> Float[Tensor, "*S 4"]:
+    """Return the smallest box around both."""
+    top_left = torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2])
+    bottom_right = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:])
+    return torch.cat((top_left, bottom_right), dim=-1)
+
+
+def center_penalty(a_xyxy: Float[Tensor, "*#S 4"], b_xyxy: Float[Tensor, "*#S 4"]) -> Float[Tensor, "*S"]:
+    """Return squared centre distance over squared diagonal of the enclosing box, in [0, 1): the D of DIoU.
+
+    Source: DIoU (AAAI 2020, arXiv:1911.08287).
+    """
+    twice_offset = (a_xyxy[..., :2] + a_xyxy[..., 2:]) - (b_xyxy[..., :2] + b_xyxy[..., 2:])
+    enclosing = enclosing_box(a_xyxy, b_xyxy)
+    diagonal = (enclosing[..., 2:] - enclosing[..., :2]).square().sum(dim=-1)
+    return (twice_offset.square().sum(dim=-1) / 4) / diagonal.clamp(min=EPS)
+
+
+def encode_ltrb(
+    xy: Float[Tensor, "*#S 2"], xyxy: Float[Tensor, "*#S 4"], stride: Float[Tensor, "*#S"]
+) -> Float[Tensor, "*S 4"]:
+    """Return the distances from locations to box edges, in stride units; negative where a location lies outside."""
+    return torch.cat((xy - xyxy[..., :2], xyxy[..., 2:] - xy), dim=-1) / stride.unsqueeze(-1)
+
+
+def decode_ltrb(
+    xy: Float[Tensor, "*#S 2"], ltrb: Float[Tensor, "*#S 4"], stride: Float[Tensor, "*#S"]
+) -> Float[Tensor, "*S 4"]:
+    """Return the box, in the unit of `xy`, whose edges lie `ltrb` strides away from the location."""
+    offset = ltrb * stride.unsqueeze(-1)
+    return torch.cat((xy - offset[..., :2], xy + offset[..., 2:]), dim=-1)
+
+
+def expected_distance(edge: Float[Tensor, "*S R"]) -> Float[Tensor, "*S"]:
+    """Return the mean of the edge distribution `softmax(edge)` over the bins 0 .. R - 1, in stride units.
+
+    Source: GFL (NeurIPS 2020, arXiv:2006.04388), eq. 5.
+    """
+    bins = torch.arange(edge.shape[-1], device=edge.device, dtype=edge.dtype)
+    return edge.softmax(dim=-1) @ bins
+
+
+def location_grid(sizes_hw: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device) -> Locations:
+    """Lay out the locations of feature maps: column and row times the stride, no half-pixel offset.
+
+    Args:
+        sizes_hw: Height and width of each level's map, finest first.
+        strides: Pixels between neighbours, per level.
+        device: Where the tensors live.
+    """
+    xy, stride, level = [], [], []
+    for index, ((height, width), step) in enumerate(zip(sizes_hw, strides, strict=True)):
+        y, x = torch.meshgrid(
+            torch.arange(height, device=device, dtype=torch.float32) * step,
+            torch.arange(width, device=device, dtype=torch.float32) * step,
+            indexing="ij",
+        )
+        xy.append(torch.stack((x, y), dim=-1).reshape(-1, 2))
+        stride.append(torch.full((height * width,), float(step), device=device))
+        level.append(torch.full((height * width,), index, device=device))
+    return Locations(
+        xy=torch.cat(xy),
+        stride=torch.cat(stride),
+        level=torch.cat(level),
+        level_hw=sizes_hw,
+        level_stride=strides,
+    )
+
+
+def prior_boxes(locations: Locations, scale: float = 8.0) -> Float[Tensor, "A 4"]:
+    """Return the square of side `scale * stride` around each location, `xyxy` in pixels.
+
+    The assigner compares these with the objects; nothing is regressed from them.
+
+    Args:
+        locations: The grid.
+        scale: Side in strides. Source: GFL and ATSS use 8.
+    """
+    half = (scale / 2 * locations.stride).unsqueeze(-1)
+    return torch.cat((locations.xy - half, locations.xy + half), dim=-1)

@@ -1,0 +1,299 @@
+"""The command line: parse, load the spec, call the engine, turn errors into exit codes.
+
+Nothing here imports torch before a command runs, so that `--help` answers at once.
+"""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldctl import __version__
+from ldctl.errors import LdctlError, TrainingError
+
+INTERRUPTED = 130  # exit code, as of a shell
+
+app = typer.Typer(
+    name="ldctl",
+    help="Distil dense object detectors with Localization Distillation.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's help takes twice as long to appear
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+teacher_app = typer.Typer(
+    help="Get a teacher: train one, or import one from mmdet.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(teacher_app, name="teacher")
+
+
+class Backbone(StrEnum):
+    """Short names of the backbones."""
+
+    R18 = "r18"
+    R34 = "r34"
+    R50 = "r50"
+    R101 = "r101"
+
+    @property
+    def depth(self) -> int:
+        """Return the number of layers."""
+        return int(self.value[1:])
+
+
+class ExportFormat(StrEnum):
+    """What `ldctl export` can write."""
+
+    ONNX = "onnx"
+    MMDET = "mmdet"
+
+
+Preset = Annotated[
+    str | None, typer.Option("--preset", "-p", help="Name of a shipped preset, or a TOML file.", show_default=False)
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override any value of the spec.", show_default=False),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data", "-d", help="Folder of a COCO, VOC or YOLO data set. [default: data/coco]", show_default=False
+    ),
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder of the run. [default: runs/NAME]", show_default=False)
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU when there is one]", show_default=False)
+]
+Seed = Annotated[
+    int | None, typer.Option(help="Initial weights, order, augmentation. [default: 0]", show_default=False)
+]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the training images. [default: 12]", show_default=False)]
+BatchSize = Annotated[int | None, typer.Option("--batch", help="Images per step. [default: 16]", show_default=False)]
+Init = Annotated[
+    str | None,
+    typer.Option(help="Backbone weights: imagenet, none, or a file. [default: imagenet]", show_default=False),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved spec and stop.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
+
+
+def _version(value: bool) -> bool:
+    if value:
+        typer.echo(f"ldctl {__version__}")
+        raise typer.Exit
+    return value
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Distil dense object detectors with Localization Distillation."""
+
+
+@teacher_app.command("train")
+def teacher_train(
+    model: Annotated[
+        Backbone | None, typer.Option("--model", "-m", help="Backbone. [default: r50]", show_default=False)
+    ] = None,
+    preset: Preset = None,
+    data: Data = None,
+    output: Output = None,
+    init: Init = None,
+    epochs: Epochs = None,
+    batch: BatchSize = None,
+    device: Device = None,
+    seed: Seed = None,
+    assignments: Assignments = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a detector: a teacher, or a plain baseline.
+
+    Example: ldctl teacher train --model r101 --data data/coco -o gfl_r101.safetensors
+    """
+    from ldctl import engine
+
+    flags = _given(
+        {
+            "model.backbone.depth": model.depth if model else None,
+            "model.backbone.init": init,
+            "data.path": data,
+            "output": str(output) if output else None,
+            "train.epochs": epochs,
+            "train.batch": batch,
+            "train.seed": seed,
+            "device": device,
+        }
+    )
+    spec = engine.teacher_spec(preset, flags, assignments or [], resume=resume)
+    if dry_run:
+        typer.echo(engine.resolved(spec), nl=False)
+        return
+    engine.train_teacher(spec, resume=resume, quiet=quiet)
+
+
+@teacher_app.command("import")
+def teacher_import(
+    source: Annotated[Path, typer.Argument(help="GFL checkpoint of mmdet 2 or 3 (.pth).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the .safetensors.")],
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Class names: a,b,c or a text file with one per line. [default: COCO's for 80 classes, VOC's for 20]",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Import a GFL detector or LD student that mmdet trained.
+
+    Example: ldctl teacher import gfl_r101_fpn_mstrain_2x_coco.pth -o gfl_r101.safetensors
+    """
+    from ldctl import exchange
+
+    typer.echo(exchange.import_teacher(source, output, classes))
+
+
+@app.command()
+def distill(
+    teacher: Annotated[
+        Path | None, typer.Option("--teacher", "-t", help="Checkpoint of the teacher.", show_default=False)
+    ] = None,
+    student: Annotated[
+        Backbone | None, typer.Option("--student", help="Backbone. [default: r50]", show_default=False)
+    ] = None,
+    preset: Preset = None,
+    data: Data = None,
+    output: Output = None,
+    init: Init = None,
+    epochs: Epochs = None,
+    batch: BatchSize = None,
+    device: Device = None,
+    seed: Seed = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also train the student without a teacher; report both.")
+    ] = False,
+    assignments: Assignments = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
+    """Distil a student from a teacher.
+
+    Example: ldctl distill --preset quickstart
+
+    Example: ldctl distill --teacher gfl_r101.safetensors --student r50
+    """
+    from ldctl import engine
+
+    flags = _given(
+        {
+            "teacher.path": str(teacher) if teacher else None,
+            "student.backbone.depth": student.depth if student else None,
+            "student.backbone.init": init,
+            "data.path": data,
+            "output": str(output) if output else None,
+            "train.epochs": epochs,
+            "train.batch": batch,
+            "train.seed": seed,
+            "device": device,
+            "compare": compare or None,
+        }
+    )
+    spec = engine.distill_spec(preset, flags, assignments or [], resume=resume)
+    if dry_run:
+        typer.echo(engine.resolved(spec), nl=False)
+        return
+    engine.distill(spec, resume=resume, quiet=quiet)
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors that ldctl wrote.")],
+    data: Data = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Images at once.", show_default=False)] = None,
+    detections: Annotated[
+        Path | None,
+        typer.Option(help="Evaluate these COCO results instead of running the detector.", show_default=False),
+    ] = None,
+    save_detections: Annotated[
+        Path | None, typer.Option(help="Write the detections as COCO results.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+    device: Device = None,
+    assignments: Assignments = None,
+    quiet: Quiet = False,
+) -> None:
+    """Evaluate a detector: the twelve COCO figures, and AP per class.
+
+    Example: ldctl eval runs/r50/best.safetensors --data data/coco
+    """
+    from ldctl import engine
+
+    flags = _given({"data.path": data, "batch": batch, "device": device})
+    spec = engine.eval_spec(checkpoint, flags, assignments or [])
+    metrics = engine.evaluate(spec, detections=detections, save_detections=save_detections, quiet=quiet or as_json)
+    if as_json:
+        typer.echo(json.dumps(metrics.to_json(), allow_nan=False))
+    else:
+        engine.print_metrics({checkpoint.stem: metrics}, per_class=True)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors that ldctl wrote.")],
+    to: Annotated[ExportFormat, typer.Option(help="Format.")] = ExportFormat.ONNX,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write. [default: beside the checkpoint]", show_default=False),
+    ] = None,
+    data: Data = None,
+    images: Annotated[int, typer.Option(min=1, help="Images on which the file is checked.")] = 4,
+    assignments: Assignments = None,
+) -> None:
+    """Export a detector, and check that the file gives the same boxes.
+
+    Example: ldctl export runs/r50/best.safetensors --to onnx
+    """
+    if to is ExportFormat.MMDET:
+        from ldctl import exchange
+
+        typer.echo(exchange.export_mmdet(checkpoint, output))
+        return
+    from ldctl import engine
+
+    spec = engine.export_spec(checkpoint, _given({"data.path": data, "images": images}), assignments or [])
+    typer.echo(engine.export(spec, output))
+
+
+def _given(flags: dict[str, object]) -> dict[str, object]:
+    """Return the options that were given."""
+    return {key: value for key, value in flags.items() if value is not None}
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app(prog_name="ldctl")
+    except LdctlError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(error.exit_code)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
+            raise
+        typer.secho("error: out of GPU memory: pass a smaller --batch, or --device cpu", fg="red", err=True)
+        sys.exit(TrainingError.exit_code)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # Ctrl-C outside of the training loop, of which typer says nothing
+            typer.secho("error: interrupted", fg="red", err=True)
+        raise

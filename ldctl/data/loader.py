@@ -1,0 +1,234 @@
+"""Batches: which images, in which order, seen how.
+
+Everything is a function of `(seed, epoch, index)` and of nothing else: not of the number of worker processes or
+ranks, nor of what was loaded before. A run therefore resumes in the middle of an epoch by saying at which step, and
+needs no loader state.
+
+An epoch shuffles the images, divides them into wide ones (width > height) and others, and cuts each group into
+batches, so that little is padded. What is left over of both groups makes up the last one or two batches; they come
+first in the epoch, so that the widest padding, and with it the most memory, is met at the first step. The last of
+them is filled up with images from the front of the shuffled list. An epoch thus shows every image at least once, and
+at most `batch_size - 1` times an image again.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from ldctl.boxes import PAD_MULTIPLE
+from ldctl.data.augment import View, eval_view, place, show, train_view
+from ldctl.data.formats import DataSpec
+from ldctl.errors import DataError, SpecError
+from ldctl.types import Batch, Dataset, Targets
+
+# What crosses from a worker: a few tensors (each costs a file handle), or the text of a DataError.
+_Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A batch before any pixel is read.
+
+    Attributes:
+        index: Samples of this rank's share.
+        views: How each is shown.
+        padded_hw: Size of the batch, common to all ranks.
+    """
+
+    index: tuple[int, ...]
+    views: tuple[View, ...]
+    padded_hw: tuple[int, int]
+
+
+def num_steps(dataset: Dataset, batch_size: int) -> int:
+    """Return the number of global batches in an epoch."""
+    return -(-len(dataset.samples) // batch_size)
+
+
+def train_batches(
+    dataset: Dataset,
+    spec: DataSpec,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    first_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Yield the batches of an epoch, augmented.
+
+    A global batch is padded to one size on all ranks, so that the number of ranks does not change what is computed.
+
+    Args:
+        dataset: What to train on.
+        spec: Sizes, flip, number of workers.
+        batch_size: Images per global batch, over all ranks.
+        seed: The run's.
+        epoch: Counted from 0.
+        first_step: Batches of the epoch to skip; nothing of them is read.
+        rank: Which share of each global batch to yield: the images `rank`, `rank + world_size`, ...
+        world_size: Number of ranks; divides `batch_size`.
+
+    Raises:
+        DataError: An image cannot be read.
+        SpecError: `batch_size` cannot be shared out evenly.
+    """
+    if batch_size % world_size:
+        raise SpecError(f"train.batch {batch_size} cannot be shared by {world_size} ranks: make it a multiple of them")
+    order = epoch_order(dataset, batch_size, seed, epoch)
+    plan = _TrainPlan(dataset, spec, order, seed, epoch, rank, world_size)
+    yield from _load(_Batches(dataset, plan, with_targets=True), range(first_step, len(order)), spec.workers)
+
+
+def eval_batches(
+    dataset: Dataset, spec: DataSpec, *, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
+    """Yield every image once, at the evaluation size.
+
+    A batch holds only images of the same padded size, so that no image is padded further than it would be alone: what a
+    detector says of it does not depend on `batch_size` nor on the number of ranks, but for rounding. The largest size
+    comes first; images of a size keep the data set's order. `Batch.image_id` says which images they are.
+
+    Args:
+        dataset: What to evaluate on.
+        spec: Sizes, number of workers.
+        batch_size: Most images per batch of a rank.
+        rank: Which share to yield: the batches `rank`, `rank + world_size`, ...; ranks may differ by one batch.
+        world_size: Number of ranks.
+
+    Raises:
+        DataError: An image cannot be read.
+    """
+    groups: dict[tuple[int, int], list[tuple[int, View]]] = {}
+    for index, sample in enumerate(dataset.samples):
+        view = eval_view(sample, spec)
+        groups.setdefault(_common_size([view]), []).append((index, view))
+    plans = []
+    for size, members in sorted(groups.items(), key=lambda item: (-item[0][0] * item[0][1], item[0])):
+        for start in range(0, len(members), batch_size):
+            indices, views = zip(*members[start : start + batch_size], strict=True)
+            plans.append(_Plan(indices, views, size))
+    plans = plans[rank::world_size]
+    yield from _load(_Batches(dataset, plans.__getitem__, with_targets=False), range(len(plans)), spec.workers)
+
+
+def epoch_order(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Int64[np.ndarray, "steps batch"]:
+    """Return which samples make up each global batch of an epoch; see the top of this file for the rule."""
+    rng = np.random.default_rng((seed, epoch))
+    shuffled = rng.permutation(len(dataset.samples))
+    is_wide = np.array([sample.width > sample.height for sample in dataset.samples])[shuffled]
+    full, left = [], []
+    for group in (shuffled[is_wide], shuffled[~is_wide]):
+        whole = len(group) // batch_size * batch_size
+        full.append(group[:whole].reshape(-1, batch_size))
+        left.append(group[whole:])
+    rest = np.concatenate(left)
+    missing = -len(rest) % batch_size
+    mixed = np.concatenate((rest, np.resize(shuffled, missing))).reshape(-1, batch_size)
+    return np.concatenate((mixed, rng.permutation(np.concatenate(full))))
+
+
+def usable_workers(wanted: int) -> int:
+    """Return the number of worker processes to start: no more than there are CPU cores for this process."""
+    # the affinity mask knows of containers and batch systems; only Linux has one
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(wanted, cores)
+
+
+@dataclass(frozen=True)
+class _TrainPlan:
+    """Plans the batches of an epoch one by one, in the worker that loads them."""
+
+    dataset: Dataset
+    spec: DataSpec
+    order: Int64[np.ndarray, "steps batch"]
+    seed: int
+    epoch: int
+    rank: int
+    world_size: int
+
+    def __call__(self, step: int) -> _Plan:
+        order = self.order[step].tolist()
+        views = [train_view(self.dataset.samples[i], self.spec, self.seed, self.epoch, i) for i in order]
+        share = slice(self.rank, None, self.world_size)
+        return _Plan(tuple(order[share]), tuple(views[share]), _common_size(views))
+
+
+@dataclass(frozen=True)
+class _Batches(TorchDataset[_Packed | str]):
+    """The batches of an epoch by number; a bad image gives its message, since errors lose their class on the way."""
+
+    dataset: Dataset
+    plan: Callable[[int], _Plan]
+    with_targets: bool
+
+    def __getitem__(self, step: int) -> _Packed | str:
+        try:
+            return self._pack(self.plan(step))
+        except DataError as error:
+            return str(error)
+
+    def _pack(self, plan: _Plan) -> _Packed:
+        samples = [self.dataset.samples[index] for index in plan.index]
+        images = torch.zeros((len(samples), 3, *plan.padded_hw), dtype=torch.uint8)
+        for image, sample, view in zip(images, samples, plan.views, strict=True):
+            image[:, : view.height, : view.width] = show(self.dataset.read(sample), view)
+        objects = [place(s, view) for s, view in zip(samples, plan.views, strict=True)] if self.with_targets else []
+        most = max((len(found.label) for found in objects), default=0)
+        xyxy = torch.zeros((len(samples), most, 4))
+        label = torch.zeros((len(samples), most), dtype=torch.int64)
+        is_object = torch.zeros((len(samples), most), dtype=torch.bool)
+        for row, found in enumerate(objects):
+            count = len(found.label)
+            xyxy[row, :count] = torch.from_numpy(found.xyxy)
+            label[row, :count] = torch.from_numpy(found.label)
+            is_object[row, :count] = True
+        size_hw = torch.tensor([(view.height, view.width) for view in plan.views])
+        about = torch.tensor([(sample.height, sample.width, sample.image_id) for sample in samples])
+        return images, size_hw, about, xyxy, label, is_object
+
+
+def _load(batches: _Batches, steps: range, workers: int) -> Iterator[Batch]:
+    workers = min(usable_workers(workers), len(steps))
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        # a generator of its own: workers draw a base seed, which must not move the run's random state
+        generator=torch.Generator(),
+        worker_init_fn=_leave_signals,
+    )
+    for packed in loader:
+        if isinstance(packed, str):
+            raise DataError(packed)
+        images, size_hw, about, xyxy, label, is_object = packed
+        yield Batch(
+            images=images,
+            size_hw=size_hw,
+            original_hw=about[:, :2],
+            image_id=tuple(about[:, 2].tolist()),
+            targets=Targets(gt_xyxy=xyxy, gt_label=label, is_object=is_object),
+        )
+
+
+def _leave_signals(_: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which reach all processes of a group, to the main one: it stops after its step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _common_size(views: Sequence[View]) -> tuple[int, int]:
+    """Return the smallest multiples of 32 that hold all views."""
+    height, width = max(view.height for view in views), max(view.width for view in views)
+    return -(-height // PAD_MULTIPLE) * PAD_MULTIPLE, -(-width // PAD_MULTIPLE) * PAD_MULTIPLE

@@ -1,0 +1,337 @@
+"""The verbs: train a teacher, distil, evaluate, import, export."""
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+
+from ldctl import checkpoint, distributed, toml
+from ldctl.assemble import Setting, choose_device, load_detector, make_job, note, note_faults, open_data, start
+from ldctl.checkpoint import CheckpointMeta
+from ldctl.data import in_class_order, open_dataset
+from ldctl.data.check import inspect
+from ldctl.errors import DataError, OutputError, SpecError
+from ldctl.export import OnnxExporter
+from ldctl.metrics import Metrics, metrics_table, per_class_table, read_coco_results, to_coco_results
+from ldctl.metrics import evaluate as evaluate_detections
+from ldctl.models.detector import ModelSpec
+from ldctl.predict import predict
+from ldctl.run_folder import SPEC_FILE, check_output, open_folder, run_folder
+from ldctl.spec import DistillSpec, EvalSpec, ExportSpec, RunSpec, TeacherSpec, TrainSpec, load
+from ldctl.trainer import BEST_FILE, STATE_FILE, Job, Trainer
+from ldctl.types import Dataset
+
+S = TypeVar("S", TeacherSpec, DistillSpec, EvalSpec, ExportSpec)
+
+# --- specs ----------------------------------------------------------------------------------------------------------
+
+
+def teacher_spec(
+    preset: str | None, flags: Mapping[str, object], assignments: Sequence[str], *, resume: bool
+) -> TeacherSpec:
+    """Resolve the spec of `ldctl teacher train`; a resumed run starts from its own."""
+    spec = _load(TeacherSpec, preset or _saved_spec(flags, resume), flags, assignments)
+    return (
+        spec
+        if spec.output
+        else spec.model_copy(update={"output": f"runs/{_name(preset) or f'teacher-{_short(spec.model)}'}"})
+    )
+
+
+def distill_spec(
+    preset: str | None, flags: Mapping[str, object], assignments: Sequence[str], *, resume: bool
+) -> DistillSpec:
+    """Resolve the spec of `ldctl distill`; a resumed run starts from its own."""
+    spec = _load(DistillSpec, preset or _saved_spec(flags, resume), flags, assignments)
+    return spec if spec.output else spec.model_copy(update={"output": f"runs/{_name(preset) or _short(spec.student)}"})
+
+
+def eval_spec(path: Path, flags: Mapping[str, object], assignments: Sequence[str]) -> EvalSpec:
+    """Resolve the spec of `ldctl eval`: what the checkpoint says of data and thresholds, then the command line."""
+    return _load(EvalSpec, None, {"checkpoint": str(path), **_recorded(path), **flags}, assignments)
+
+
+def export_spec(path: Path, flags: Mapping[str, object], assignments: Sequence[str]) -> ExportSpec:
+    """Resolve the spec of `ldctl export` in the same way."""
+    return _load(ExportSpec, None, {"checkpoint": str(path), **_recorded(path), **flags}, assignments)
+
+
+def _load(cls: type[S], base: str | None, flags: Mapping[str, object], assignments: Sequence[str]) -> S:
+    """Load a spec; where `--data` names a folder, a generated data set of the base gives way to it."""
+    spec = load(cls, base, flags, assignments)
+    if "data.path" in flags and spec.data.format == "synthetic":
+        return load(cls, base, {**flags, "data.format": "auto"}, assignments)
+    return spec
+
+
+def resolved(spec: RunSpec) -> str:
+    """Return the spec as TOML text, every default spelled out: what a checkpoint embeds."""
+    return toml.dumps(spec)
+
+
+def _name(preset: str | None) -> str | None:
+    return Path(preset).stem if preset else None
+
+
+def _short(model: ModelSpec) -> str:
+    return f"r{model.backbone.depth}"
+
+
+def _saved_spec(flags: Mapping[str, object], resume: bool) -> str | None:
+    """Return the spec file of the run to resume, where the command line names its folder."""
+    if not resume or "output" not in flags:
+        return None
+    path = run_folder(str(flags["output"])) / SPEC_FILE
+    return str(path) if path.is_file() else None
+
+
+def _recorded(path: Path) -> dict[str, object]:
+    """Return the sections of a checkpoint's spec that its use depends on, as flags."""
+    meta = checkpoint.load_meta(path)
+    sections = tomllib.loads(meta.spec)
+    flags: dict[str, object] = {key: sections[key] for key in ("data", "postprocess") if key in sections}
+    return flags or {"data": {"short_side": [meta.short_side, meta.short_side], "long_side": meta.long_side}}
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def train_teacher(spec: TeacherSpec, *, resume: bool = False, quiet: bool = False) -> Metrics:
+    """Train a plain detector.
+
+    Args:
+        spec: What to train; `output` is a folder, or a `.safetensors` file beside which the run's folder is made.
+        resume: Continue from the saved state.
+        quiet: No progress display.
+
+    Returns:
+        The metrics of the best checkpoint, without those per class.
+    """
+    device = start(spec)
+    folder = check_output(spec, resume=resume)
+    setting = open_data(spec.data, device, quiet=quiet)
+    open_folder(spec, folder, setting.faults)
+    metrics = run(make_job(spec, "teacher", folder, spec.model, setting))
+    publish(spec, folder)
+    print_metrics({"teacher": metrics})
+    return metrics
+
+
+def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> dict[str, Metrics]:
+    """Distil a student; before it train the teacher, where there is none, and the plain student, where asked.
+
+    Returns:
+        The metrics of the best checkpoint of `student`, of `plain` if it was trained, and of `teacher` if they are
+        known; without those per class.
+    """
+    device = start(spec)
+    folder = check_output(spec, resume=resume)
+    given = Path(spec.teacher.path) if spec.teacher.path else None
+    if given:
+        check_bins(checkpoint.load_meta(given), spec, given)  # before any data is read
+    setting = open_data(spec.data, device, quiet=quiet)
+    spec.distill.check_classes(len(setting.train_set.classes))
+    if given:
+        meta = checkpoint.load_meta(given)
+        train_set, val_set = (match_classes(meta, one, given) for one in (setting.train_set, setting.val_set))
+        setting = replace(setting, train_set=train_set, val_set=val_set)
+    open_folder(spec, folder, setting.faults)
+    path = given or train_own_teacher(spec, folder, setting, resume=resume)
+    teacher, meta = load_detector(path)
+    results: dict[str, Metrics] = {}
+    if meta.metrics and meta.data_fingerprint == setting.fingerprint:
+        results["teacher"] = Metrics(**meta.metrics, per_class={})
+    if spec.compare:
+        results["plain"] = train_part(spec, "plain", spec.student, spec.train, folder, setting, resume=resume)
+    sha256 = checkpoint.sha256(path)
+    job = make_job(spec, "student", folder, spec.student, setting, teacher, spec.distill, sha256)
+    results["student"] = run(job)
+    publish(spec, folder)
+    print_metrics(results)
+    return results
+
+
+def train_own_teacher(spec: DistillSpec, folder: Path, setting: Setting, *, resume: bool) -> Path:
+    """Train the teacher that the spec describes; return its checkpoint."""
+    assert spec.teacher.model is not None, "a spec without a teacher's path has its model"
+    train_part(spec, "teacher", spec.teacher.model, spec.teacher.train, folder, setting, resume=resume)
+    return folder / "teacher" / BEST_FILE
+
+
+def train_part(
+    spec: DistillSpec, name: str, model: ModelSpec, train: TrainSpec, folder: Path, setting: Setting, *, resume: bool
+) -> Metrics:
+    """Train a plain detector as part of a distillation run, in a folder below the run's."""
+    part = TeacherSpec(
+        model=model,
+        data=spec.data,
+        train=train,
+        postprocess=spec.postprocess,
+        device=spec.device,
+        output=str(folder / name),
+    )
+    is_begun = resume and (folder / name / SPEC_FILE).exists()
+    open_folder(part, check_output(part, resume=is_begun), ())
+    return run(make_job(part, name, folder / name, model, setting))
+
+
+def publish(spec: RunSpec, folder: Path) -> None:
+    """Write the best checkpoint to the file that the spec names as its output, if it names a file."""
+    target = Path(spec.output or "")
+    if target.suffix == ".safetensors" and distributed.is_main():
+        best = checkpoint.load(folder / BEST_FILE)
+        checkpoint.save(target, best.tensors, best.meta)
+
+
+def run(job: Job) -> Metrics:
+    """Train a job, from its saved state where there is one; return the metrics of its best checkpoint."""
+    num_parameters = sum(parameter.numel() for parameter in job.detector.parameters())
+    note(f"{job.name}: {num_parameters / 1e6:.2f} M parameters, in {job.folder}")
+    trainer = Trainer(job)
+    if (job.folder / STATE_FILE).exists():
+        trainer.load_state()
+    trainer.run()
+    return Metrics(**checkpoint.load_meta(job.folder / BEST_FILE).metrics, per_class={})
+
+
+# --- teachers -------------------------------------------------------------------------------------------------------
+
+
+def check_bins(meta: CheckpointMeta, spec: DistillSpec, path: Path) -> None:
+    """Refuse a teacher whose edge distributions the student cannot imitate.
+
+    Raises:
+        SpecError: Their bins differ.
+    """
+    teacher = ModelSpec.model_validate_json(json.dumps(meta.model))
+    if teacher.head.reg_max != spec.student.head.reg_max:
+        raise SpecError(
+            f"{path}: the teacher has reg_max {teacher.head.reg_max}, the student {spec.student.head.reg_max}, and "
+            "distributions over different bins cannot be compared: pass "
+            f"--set student.head.reg_max={teacher.head.reg_max}"
+        )
+
+
+def match_classes(meta: CheckpointMeta, dataset: Dataset, path: Path) -> Dataset:
+    """Return the data set with its classes in the detector's order.
+
+    Raises:
+        DataError: They are not the same classes; names what differs.
+    """
+    missing = [name for name in dataset.classes if name not in meta.classes]
+    extra = [name for name in meta.classes if name not in dataset.classes]
+    if not missing and not extra:
+        return in_class_order(dataset, meta.classes)
+    said = [f"it lacks {_list(missing)}"] * bool(missing) + [f"the data has no {_list(extra)}"] * bool(extra)
+    difference = ", ".join(said)
+    raise DataError(
+        f"{path}: knows {len(meta.classes)} classes, {dataset.name} has {len(dataset.classes)}: {difference}: "
+        "use a detector that was trained on these classes"
+    )
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# --- evaluation and export ------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    spec: EvalSpec, *, detections: Path | None = None, save_detections: Path | None = None, quiet: bool = False
+) -> Metrics:
+    """Evaluate a checkpoint, or detections that were saved before.
+
+    Args:
+        spec: Checkpoint, data, thresholds.
+        detections: COCO results to evaluate instead of running the detector.
+        save_detections: Where to write the detections as COCO results.
+        quiet: No progress display.
+    """
+    if save_detections and save_detections.exists():
+        raise OutputError(f"{save_detections}: exists already: pass another --save-detections")
+    device = choose_device(spec.device)
+    detector, meta = load_detector(Path(spec.checkpoint))
+    inspection = inspect(open_dataset(spec.data, "val"))
+    dataset = inspection.dataset
+    note_faults([str(fault) for fault in inspection.faults])
+    dataset = match_classes(meta, dataset, Path(spec.checkpoint))
+    if detections:
+        found = read_coco_results(detections, dataset)
+    else:
+        with Console(stderr=True, quiet=quiet).status("") as status:
+            found = predict(
+                detector.to(device),
+                dataset,
+                spec.data,
+                spec.postprocess,
+                batch_size=spec.batch,
+                device=device,
+                on_batch=lambda done, total: status.update(f"image {done} of {total}"),
+            )
+    if save_detections:
+        checkpoint.write_whole(save_detections, json.dumps(to_coco_results(dataset, found)).encode())
+    return evaluate_detections(dataset, found)
+
+
+def export(spec: ExportSpec, target: Path | None) -> str:
+    """Export a checkpoint to ONNX; return what was written and how it was checked.
+
+    Args:
+        spec: Checkpoint, data to check the file with.
+        target: File to write; by default beside the checkpoint.
+
+    Raises:
+        OutputError: The target exists or cannot be written.
+        ExportError: The file does not give the detector's boxes.
+    """
+    source = Path(spec.checkpoint)
+    target = target or source.with_suffix(".onnx")
+    checkpoint.check_new(target)
+    detector, meta = load_detector(source)
+    dataset = inspect(open_dataset(spec.data, "val")).dataset
+    dataset = replace(dataset, samples=dataset.samples[: spec.images])
+    found = predict(
+        detector,
+        dataset,
+        spec.data,
+        spec.postprocess,
+        batch_size=1,
+        device=torch.device("cpu"),
+        on_batch=lambda _done, _total: None,
+    )
+    expected = {one.image_id: one for one in found}
+    parity = OnnxExporter()(
+        detector,
+        target,
+        classes=meta.classes,
+        short_side=spec.data.short_side[1],
+        long_side=spec.data.long_side,
+        postprocess=spec.postprocess,
+        images=[dataset.read(sample) for sample in dataset.samples],
+        expected=[expected[sample.image_id] for sample in dataset.samples],
+    )
+    size = f"{target}: {target.stat().st_size / 2**20:.1f} MB"
+    if parity.num_detections == 0:
+        return (
+            f"{size}; the detector finds nothing on {parity.num_images} images, so the check says little: pass --data"
+        )
+    return (
+        f"{size}, checked on {parity.num_images} images with {parity.num_detections} detections: "
+        f"largest difference {parity.max_box_difference_px:.2g} px, {parity.max_score_difference:.2g} in score"
+    )
+
+
+def print_metrics(results: Mapping[str, Metrics], *, per_class: bool = False) -> None:
+    """Print the figures of some detectors side by side on stdout."""
+    if not distributed.is_main():
+        return
+    console = Console()
+    console.print(metrics_table(results))
+    if per_class:
+        console.print(per_class_table(results))

@@ -1,0 +1,98 @@
+"""Weights from and to other tools: GFL detectors of mmdet become checkpoints, and checkpoints become mmdet's files."""
+
+import io
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from ldctl import checkpoint, mmdet
+from ldctl.assemble import load_detector
+from ldctl.checkpoint import CheckpointMeta
+from ldctl.data.names import COCO_CLASSES, VOC_CLASSES
+from ldctl.errors import CheckpointError, SpecError
+from ldctl.models.detector import Detector, ModelSpec
+from ldctl.trainer import shapes
+
+
+def import_teacher(source: Path, target: Path, classes: str | None) -> str:
+    """Convert a GFL detector of mmdet; return what was found.
+
+    Args:
+        source: `.pth` file of mmdet 2 or 3.
+        target: Checkpoint to write; must not exist.
+        classes: Names separated by commas, or a text file with one a line; by default COCO's for 80 and VOC's for 20.
+
+    Raises:
+        CheckpointError: The file is no GFL detector; every entry that does not fit is listed, nothing is written.
+        SpecError: The classes cannot be inferred, or their number is wrong.
+        OutputError: The target exists or cannot be written.
+    """
+    checkpoint.check_new(target)
+    state = mmdet.read_mmdet(source)
+    tensors = mmdet.from_mmdet(state, source)
+    found = mmdet.infer_mmdet(state, source)
+    names = _class_names(classes, found.num_classes)
+    values = {
+        "backbone": {"depth": found.depth},
+        "head": {"reg_max": found.reg_max, "num_convs": found.num_convs},
+        "channels": found.channels,
+    }
+    try:
+        model = ModelSpec.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise CheckpointError(
+            f"{source}: {'.'.join(map(str, fault['loc']))} {fault['input']} is out of range ({fault['msg']}): "
+            "import a GFL detector within it"
+        ) from error
+    checkpoint.fit(tensors, shapes(Detector(model, found.num_classes)), source)
+    meta = CheckpointMeta(model=model.model_dump(mode="json"), classes=names, short_side=800, long_side=1333)
+    checkpoint.save(target, tensors, meta)
+    return (
+        f"{target}: GFL with ResNet-{found.depth}, {found.num_classes} classes, reg_max {found.reg_max}, "
+        f"{found.channels} channels; {len(state)} entries read, none left over"
+    )
+
+
+def _class_names(given: str | None, number: int) -> tuple[str, ...]:
+    """Return the names that the user gave, or those of the data set with so many classes."""
+    if given is None:
+        known = {len(COCO_CLASSES): COCO_CLASSES, len(VOC_CLASSES): VOC_CLASSES}
+        if number not in known:
+            raise SpecError(
+                f"the file has {number} classes and does not name them: pass --classes a,b,c or a text file"
+            )
+        return known[number]
+    text = given
+    if "," not in given:  # else a list, which may be longer than a path can be
+        try:
+            text = Path(given).read_text(encoding="utf-8").replace("\n", ",")
+        except (OSError, UnicodeDecodeError) as error:
+            if number != 1 or not isinstance(error, FileNotFoundError):
+                raise SpecError(
+                    f"--classes {given}: no text file ({error}): pass a,b,c or a file of one name a line"
+                ) from error
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if len(names) != number or len(set(names)) != number:
+        raise SpecError(f"--classes gives {len(set(names))} different names, the file has {number} classes")
+    return names
+
+
+def export_mmdet(source: Path, target: Path | None) -> str:
+    """Write a checkpoint as a file that mmdet's `load_checkpoint` reads; return what was written.
+
+    Args:
+        source: Checkpoint.
+        target: `.pth` file to write; by default beside the checkpoint.
+
+    Raises:
+        OutputError: The target exists or cannot be written.
+    """
+    target = target or source.with_suffix(".pth")
+    checkpoint.check_new(target)
+    state = mmdet.to_mmdet(load_detector(source)[0].state_dict())
+    packed = io.BytesIO()
+    torch.save({"meta": {}, "state_dict": state}, packed)
+    checkpoint.write_whole(target, packed.getvalue())
+    return f"{target}: {len(state)} entries under mmdet's names"

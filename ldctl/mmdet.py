@@ -1,0 +1,246 @@
+"""GFL weights from and to mmdet 2 and 3, which name and shape them alike.
+
+The backbone must be of mmdet's "pytorch" style, as in every GFL and LD configuration. A "caffe" backbone (FCOS
+configurations) has the same names and shapes, yet another stride placement and other input statistics: nothing in a
+file tells them apart, so such weights are taken without complaint and detect poorly.
+"""
+
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.models import resnet
+
+from ldctl.errors import CheckpointError
+from ldctl.keys import key_faults
+
+PROJECT = "bbox_head.integral.project"  # mmdet keeps the bins 0 .. reg_max as a buffer
+NUM_LEVELS = 5
+NUM_MAPS = 3  # backbone maps that the pyramid reads
+BUILDERS = {18: resnet.resnet18, 34: resnet.resnet34, 50: resnet.resnet50, 101: resnet.resnet101}
+# Blocks of the third stage, and whether they are bottlenecks, tell the depth.
+DEPTHS = {(2, False): 18, (6, False): 34, (6, True): 50, (23, True): 101}
+WRAPPERS = ("student.", "architecture.", "teacher.", "module.", "model.", "detector.")
+
+# What training files hold beside weights: the log of losses and numpy's numbers. None of it is of use here.
+IGNORED = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "builtins.getattr",  # how a HistoryBuffer refers to its own methods
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "_codecs.encode",
+)
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """What the shapes of a state dict say of the detector.
+
+    Attributes:
+        depth: Of the ResNet.
+        num_classes: Classes, without background.
+        reg_max: Largest bin of an edge distribution.
+        channels: Width of pyramid and head.
+        num_convs: Layers of each tower.
+    """
+
+    depth: int
+    num_classes: int
+    reg_max: int
+    channels: int
+    num_convs: int
+
+
+class _Ignored:
+    """Stands for an object that is read and thrown away: takes anything, keeps and does nothing."""
+
+    def __new__(cls, *_: object) -> "_Ignored":
+        return super().__new__(cls)
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+def read_mmdet(path: Path) -> dict[str, Tensor]:
+    """Read the weights of a file of mmdet 2, mmdet 3 or torchvision: under `state_dict`, or flat.
+
+    Only tensors and plain values are unpickled. The objects that mmengine's training files hold beside them become
+    inert stand-ins; no code that the file names is imported or run.
+
+    Raises:
+        CheckpointError: The file is missing, unreadable, or holds objects of other kinds.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file: pass the .pth of a GFL detector of mmdet")
+    try:
+        with torch.serialization.safe_globals([(_Ignored, name) for name in IGNORED]):
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _explain(path, str(error)) from error
+    except Exception as error:  # damaged bytes can make the reader raise anything
+        raise CheckpointError(f"{path}: truncated or damaged ({type(error).__name__}): download it again") from error
+    state = data.get("state_dict", data) if isinstance(data, Mapping) else None
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: no tensors, neither flat nor under state_dict: pass the .pth of a GFL detector")
+    return dict(state)
+
+
+def infer_mmdet(state: Mapping[str, Tensor], path: Path) -> Inferred:
+    """Tell the detector from its names and shapes.
+
+    Raises:
+        CheckpointError: It is wrapped in another module, or not a GFL detector with a plain ResNet.
+    """
+    _refuse_kin(state, path)
+    blocks = _count(state, "backbone.layer3.")
+    is_bottleneck = "backbone.layer3.0.conv3.weight" in state
+    depth = DEPTHS.get((blocks, is_bottleneck))
+    if depth is None:
+        raise CheckpointError(
+            f"{path}: no ResNet of 18, 34, 50 or 101 layers ({blocks} blocks in backbone.layer3): "
+            "import a GFL detector with such a backbone"
+        )
+    cls, edge = state["bbox_head.gfl_cls.weight"], state["bbox_head.gfl_reg.weight"]
+    if cls.ndim != 4 or edge.ndim != 4 or edge.shape[0] % 4 or edge.shape[0] < 8:
+        raise CheckpointError(
+            f"{path}: bbox_head.gfl_cls.weight {list(cls.shape)} and bbox_head.gfl_reg.weight {list(edge.shape)} are "
+            "no output layers of GFL: import a GFL detector"
+        )
+    return Inferred(
+        depth=depth,
+        num_classes=cls.shape[0],
+        reg_max=edge.shape[0] // 4 - 1,
+        channels=cls.shape[1],
+        num_convs=_count(state, "bbox_head.cls_convs."),
+    )
+
+
+def from_mmdet(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Rename the weights of a GFL detector of mmdet to ours, as float32.
+
+    Raises:
+        CheckpointError: It is no such detector, its bins are not 0 .. reg_max, a weight is not finite, or entries are
+            missing, unexpected or of another shape; all are listed, one a line.
+    """
+    inferred = infer_mmdet(state, path)
+    expected = {name: shape for name, shape in _expected(inferred).items() if name != PROJECT or name in state}
+    faults = key_faults({name: value.shape for name, value in state.items()}, expected, "GFL's")
+    if faults:
+        head = f"{path}: {len(faults)} entries do not fit a GFL detector with ResNet-{inferred.depth}: nothing imported"
+        raise CheckpointError("\n".join([head, *faults]))
+    _check_values(state, path)
+    names = _names(inferred.num_convs)
+    return {
+        names.get(name, name): value.float() if value.is_floating_point() else value
+        for name, value in state.items()
+        if name != PROJECT
+    }
+
+
+def to_mmdet(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename our weights to those of mmdet's GFL detector, and add its buffer of bins."""
+    names = {ours: theirs for theirs, ours in _names(_count(tensors, "head.cls_tower.")).items()}
+    num_bins = tensors["head.edge.weight"].shape[0] // 4
+    state = {names.get(name, name): value for name, value in tensors.items()}
+    return state | {PROJECT: torch.arange(num_bins, dtype=torch.float32)}
+
+
+def _names(num_convs: int) -> dict[str, str]:
+    """Map mmdet's names of pyramid and head to ours; the backbone's are the same."""
+    modules = {f"neck.lateral_convs.{i}.conv": f"fpn.lateral.{i}" for i in range(NUM_MAPS)}
+    modules |= {f"neck.fpn_convs.{i}.conv": f"fpn.output.{i}" for i in range(NUM_LEVELS)}
+    modules |= {"bbox_head.gfl_cls": "head.cls", "bbox_head.gfl_reg": "head.edge"}
+    names = {f"bbox_head.scales.{i}.scale": f"head.scales.{i}" for i in range(NUM_LEVELS)}
+    for i in range(num_convs):
+        for theirs, ours in (("cls_convs", "cls_tower"), ("reg_convs", "edge_tower")):
+            names[f"bbox_head.{theirs}.{i}.conv.weight"] = f"head.{ours}.{i}.conv.weight"
+            modules[f"bbox_head.{theirs}.{i}.gn"] = f"head.{ours}.{i}.norm"
+    for theirs, ours in modules.items():
+        names |= {f"{theirs}.{part}": f"{ours}.{part}" for part in ("weight", "bias")}
+    return names
+
+
+def _expected(inferred: Inferred) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every entry of mmdet's GFL detector."""
+    with torch.device("meta"):
+        backbone = BUILDERS[inferred.depth]().state_dict()
+    shapes = {f"backbone.{name}": tuple(value.shape) for name, value in backbone.items() if not name.startswith("fc.")}
+    channels, last = inferred.channels, backbone["fc.weight"].shape[1]
+    for name in _names(inferred.num_convs):
+        if name.endswith(".scale"):
+            shapes[name] = ()
+        elif name.endswith(("gn.weight", "bias")):
+            shapes[name] = (channels,)
+        else:
+            shapes[name] = (channels, channels, 3, 3)
+    for i in range(NUM_MAPS):
+        shapes[f"neck.lateral_convs.{i}.conv.weight"] = (channels, last >> (NUM_MAPS - 1 - i), 1, 1)
+    num_bins = inferred.reg_max + 1
+    for layer, outputs in (("gfl_cls", inferred.num_classes), ("gfl_reg", 4 * num_bins)):
+        shapes[f"bbox_head.{layer}.weight"] = (outputs, channels, 3, 3)
+        shapes[f"bbox_head.{layer}.bias"] = (outputs,)
+    return shapes | {PROJECT: (num_bins,)}
+
+
+def _count(names: Iterable[str], prefix: str) -> int:
+    """Return one more than the largest index that follows the prefix."""
+    heads = (name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix))
+    return max((int(head) + 1 for head in heads if head.isdecimal()), default=0)
+
+
+def _refuse_kin(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse what is recognizably something else, by its name."""
+    wrapper = next((prefix for prefix in WRAPPERS if any(name.startswith(prefix) for name in state)), None)
+    if wrapper is not None:
+        raise CheckpointError(
+            f"{path}: names start with '{wrapper}', the detector is inside another module: strip it: "
+            f"python -c \"import torch; s = torch.load('{path.name}', map_location='cpu')['state_dict']; "
+            f"s = {{k[{len(wrapper)}:]: v for k, v in s.items() if k.startswith('{wrapper}')}}; "
+            "torch.save({'state_dict': s}, 'stripped.pth')\", and import stripped.pth"
+        )
+    missing = [f"bbox_head.{layer}.weight" for layer in ("gfl_cls", "gfl_reg")]
+    missing = [name for name in missing if name not in state]
+    if missing:
+        raise CheckpointError(f"{path}: no {missing[0]}: not a GFL detector of mmdet, import one")
+    if any(".conv_offset." in name for name in state):
+        raise CheckpointError(f"{path}: deformable convolutions (conv_offset): import a detector with a plain ResNet")
+    if any(name.startswith("bbox_head.reg_conf.") for name in state):
+        raise CheckpointError(f"{path}: a GFLv2 head (bbox_head.reg_conf): import a GFL detector")
+
+
+def _check_values(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse bins other than 0 .. reg_max, and weights that are not finite."""
+    project = state.get(PROJECT)
+    if project is not None and not torch.equal(project.float(), torch.arange(len(project), dtype=torch.float32)):
+        raise CheckpointError(
+            f"{path}: {PROJECT} is not 0, 1, .. {len(project) - 1}: bins that are unevenly spaced cannot be imported"
+        )
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f"{path}: NaN or infinite weights in {len(broken)} of {len(state)} entries, first in {broken[0]}: "
+            "training had diverged; use an earlier file"
+        )
+
+
+def _explain(path: Path, message: str) -> CheckpointError:
+    """Say what a refused pickle holds and how to get the weights out of it."""
+    found = re.search(r"GLOBAL (\S+)", message)
+    if found is None:
+        return CheckpointError(f"{path}: not a file of PyTorch, or a damaged one: pass the .pth of a GFL detector")
+    return CheckpointError(
+        f"{path}: holds {found[1]}, which could run code and is not read: if you trust the file, strip it where it was "
+        f"trained: python -c \"import torch; s = torch.load('{path.name}', map_location='cpu', weights_only=False); "
+        f"torch.save({{'state_dict': s['state_dict']}}, 'stripped.pth')\", and import stripped.pth"
+    )

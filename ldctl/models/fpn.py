@@ -1,0 +1,36 @@
+"""The feature pyramid: strides 8, 16, 32 merged top-down, 64 and 128 on top of the outputs."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+NUM_LEVELS = 5
+
+
+class FPN(nn.Module):
+    """Five maps of equal channels from three; no norm, no activation, not even between the two coarsest.
+
+    Source: FPN (CVPR 2017, arXiv:1612.03144); levels on top as in ATSS and GFL ("on_output").
+    """
+
+    def __init__(self, in_channels: tuple[int, ...], channels: int) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(inputs, channels, kernel_size=1) for inputs in in_channels)
+        self.output = nn.ModuleList(
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1, stride=1 if level < len(in_channels) else 2)
+            for level in range(NUM_LEVELS)
+        )
+        for conv in (*self.lateral, *self.output):
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, maps: tuple[Float[Tensor, "B _ _ _"], ...]) -> tuple[Float[Tensor, "B _ _ _"], ...]:
+        """Return maps of strides 8, 16, 32, 64 and 128 from maps of strides 8, 16 and 32."""
+        merged = [lateral(feature) for lateral, feature in zip(self.lateral, maps, strict=True)]
+        for finer in range(len(merged) - 2, -1, -1):
+            size = merged[finer].shape[-2:]
+            merged[finer] = merged[finer] + interpolate(merged[finer + 1], size=size, mode="nearest")
+        outputs: list[Tensor] = []
+        for level, conv in enumerate(self.output):
+            outputs.append(conv(merged[level] if level < len(merged) else outputs[-1]))
+        return tuple(outputs)

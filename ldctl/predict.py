@@ -1,0 +1,63 @@
+"""Run a detector over a data set."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ldctl import distributed
+from ldctl.data import DataSpec
+from ldctl.data.loader import eval_batches
+from ldctl.models.detector import Detector, PostprocessSpec, detect
+from ldctl.types import Batch, Dataset, Detections, Targets
+
+
+def predict(
+    detector: Detector,
+    dataset: Dataset,
+    data: DataSpec,
+    postprocess: PostprocessSpec,
+    *,
+    batch_size: int,
+    device: torch.device,
+    on_batch: Callable[[int, int], object],
+) -> list[Detections]:
+    """Run a detector over a data set; each rank takes its share and receives everything.
+
+    Args:
+        detector: On `device`; its mode is restored.
+        dataset: Images.
+        data: How to load them.
+        postprocess: From predictions to boxes.
+        batch_size: Images at once.
+        device: Where to compute.
+        on_batch: Called with the number of images done and of all images.
+
+    Returns:
+        The detections of every image, on the CPU.
+    """
+    was_training = detector.training
+    detector.eval()
+    found: list[Detections] = []
+    rank, world_size = distributed.rank(), distributed.world_size()
+    total = len(dataset.samples)
+    on_batch(0, total)
+    with torch.no_grad():
+        for batch in eval_batches(dataset, data, batch_size=batch_size, rank=rank, world_size=world_size):
+            moved = to_device(batch, device)
+            dense = detector(detector.normalize(moved.images, moved.size_hw))
+            detections = detect(dense, moved.size_hw, moved.original_hw, moved.image_id, postprocess)
+            found += [Detections(one.image_id, one.xyxy.cpu(), one.score.cpu(), one.label.cpu()) for one in detections]
+            on_batch(min(len(found) * world_size, total), total)
+    detector.train(was_training)
+    return distributed.gather(found)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch on a device; copies overlap with computing where the loader pins memory."""
+
+    def move(value: Tensor) -> Tensor:
+        return value.to(device, non_blocking=True)
+
+    targets = Targets(*(move(value) for value in vars(batch.targets).values()))
+    return Batch(move(batch.images), move(batch.size_hw), move(batch.original_hw), batch.image_id, targets)

@@ -1,0 +1,120 @@
+"""Distillation regions: which locations a student learns from, and how much each counts."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from ldctl.boxes import EPS, box_area, center_penalty, intersection, prior_boxes
+from ldctl.schema import Spec
+from ldctl.types import Assigned, Locations, Targets, Where
+
+Region = Literal["main", "vlr", "all"]
+VlrKind = Literal["diou", "reference"]
+
+
+class RegionSpec(Spec):
+    """How the valuable localization region (VLR) is drawn.
+
+    Attributes:
+        vlr: `"diou"` is the paper's definition; `"reference"` is what the released code computes, and what the
+            published numbers come from (see `vlr_overlap`).
+        gamma: Lower end of the VLR as a share of each object's positive threshold: 1 empties it, 0 takes all below the
+            threshold whose overlap is not negative.
+    """
+
+    vlr: VlrKind = "diou"
+    gamma: float = Field(default=0.25, ge=0, le=1)
+
+
+@torch.no_grad()
+def main_region(student_cls: Float[Tensor, "B A C"], assigned: Assigned, locations: Locations) -> Where:
+    """Select the positives, weighted by the student's best class score (over all classes, not only the object's).
+
+    Source: GFL's released code weights its box losses so; LD's released code its main-region LD too.
+    """
+    score = student_cls.float().amax(dim=-1).sigmoid()
+    return select(assigned.is_positive, score, locations)
+
+
+@torch.no_grad()
+def vlr_region(spec: RegionSpec, assigned: Assigned, targets: Targets, locations: Locations) -> Where:
+    """Select the valuable localization region of every object, weighted by the prior boxes' best IoU.
+
+    Source: LD (CVPR 2022, arXiv:2102.12252), algorithm 1.
+
+    Differs from the paper: weighted by IoU instead of a mask, as in the released code. A location may also be positive.
+    """
+    iou, overlap = vlr_overlap(prior_boxes(locations), targets.gt_xyxy, spec.vlr)
+    weight = vlr_weights(iou, overlap, assigned.threshold, gamma=spec.gamma)
+    return select((weight > 0) & assigned.is_valid, weight, locations)
+
+
+@torch.no_grad()
+def all_region(assigned: Assigned, locations: Locations) -> Where:
+    """Take all locations, with weight 1 where valid and 0 elsewhere; nearly all are, so picking rows would not pay."""
+    num_images, num_locations = assigned.is_valid.shape
+    image = torch.arange(num_images, device=assigned.is_valid.device)
+    return Where(
+        row=slice(None),
+        weight=assigned.is_valid.flatten().float(),
+        level=locations.level.repeat(num_images),
+        image=image.repeat_interleave(num_locations),
+        num_images=num_images,
+        num_levels=len(locations.level_hw),
+    )
+
+
+def vlr_overlap(
+    prior_xyxy: Float[Tensor, "A 4"], gt_xyxy: Float[Tensor, "B G 4"], kind: VlrKind
+) -> tuple[Float[Tensor, "B A G"], Float[Tensor, "B A G"]]:
+    """Return the IoU of prior boxes and objects, and the overlap that places a prior box in or out of the VLR.
+
+    `"diou"`: IoU minus the centre penalty, as in the paper. `"reference"`: the released code divides the intersection
+    by the *prior box's* area instead of the union. A small prior inside a large object then scores 1 and falls out, one
+    across the object's border falls in: the region becomes a ring along the border on fine levels.
+    """
+    prior, gt = prior_xyxy[None, :, None], gt_xyxy[:, None]
+    shared = intersection(prior, gt)
+    iou = shared / (box_area(prior) + box_area(gt) - shared).clamp(min=EPS)
+    first = iou if kind == "diou" else shared / box_area(prior).clamp(min=EPS)
+    return iou, first - center_penalty(prior, gt)
+
+
+def vlr_weights(
+    iou: Float[Tensor, "B A G"], overlap: Float[Tensor, "B A G"], threshold: Float[Tensor, "B G"], *, gamma: float
+) -> Float[Tensor, "B A"]:
+    """Weight each location by how much its localization is worth imitating.
+
+    A location is in the VLR of object `g` when `gamma * threshold[g] <= overlap < threshold[g]`: near the object, yet
+    below its positive threshold. Its weight is its best IoU among those.
+
+    Returns:
+        Weights in [0, 1]; zero outside every VLR and for images without objects.
+
+    Source: LD (CVPR 2022, arXiv:2102.12252), valuable localization region.
+    """
+    if iou.shape[-1] == 0:
+        return iou.new_zeros(iou.shape[:2])
+    lower = (gamma * threshold)[:, None]
+    in_band = (lower <= overlap) & (overlap < threshold[:, None])
+    return iou.where(in_band, 0.0).amax(dim=-1)
+
+
+def select(mask: Bool[Tensor, "B A"], weight: Float[Tensor, "B A"], locations: Locations) -> Where:
+    """Turn a mask over locations into rows, so that losses cost what the region holds.
+
+    Synchronises with the host once: the number of rows decides shapes.
+    """
+    num_images, num_locations = mask.shape
+    row = mask.flatten().nonzero().squeeze(1)
+    return Where(
+        row=row,
+        weight=weight.flatten()[row],
+        level=locations.level[row % num_locations],
+        image=row // num_locations,
+        num_images=num_images,
+        num_levels=len(locations.level_hw),
+    )

@@ -1,0 +1,250 @@
+"""Run specs: all that a run depends on, composed from the leaf schemas, loaded from presets, flags and `--set`."""
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import Field, model_validator
+
+from ldctl import toml
+from ldctl.data import DataSpec
+from ldctl.distill import KD, LD, BinaryKD, Term
+from ldctl.errors import SpecError
+from ldctl.losses import LossSpec
+from ldctl.models.detector import ModelSpec, PostprocessSpec
+from ldctl.optim import EmaSpec, OptimSpec, ScheduleSpec
+from ldctl.regions import RegionSpec
+from ldctl.schema import Spec
+
+
+class TrainSpec(Spec):
+    """How long and how to train.
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch: Images per optimizer step, over all ranks and accumulated micro-batches.
+        accumulate: Micro-batches per optimizer step; divides the batch of a rank. The class losses are divided by what
+            the whole batch holds; the box losses' divisor depends on predictions and is summed per micro-batch, and
+            `kd` averages over pairs of images of one micro-batch.
+        optim: Optimizer.
+        schedule: Learning rate over time.
+        ema: Exponential moving average of the weights, which is then evaluated and saved; none if left out.
+        losses: Weights of the detection losses.
+        bf16: Autocast to bfloat16 on a GPU; the losses stay in float32. No effect on a CPU.
+        eval_every: Epochs between evaluations; the last epoch is always evaluated.
+        save_every: Optimizer steps between saves of the training state, besides the end of every epoch.
+        log_every: Optimizer steps between log records.
+        seed: Decides initial weights, order of images and augmentation.
+    """
+
+    epochs: int = Field(default=12, ge=1)
+    batch: int = Field(default=16, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    optim: OptimSpec = OptimSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    ema: EmaSpec | None = None
+    losses: LossSpec = LossSpec()
+    bf16: bool = True
+    eval_every: int = Field(default=1, ge=1)
+    save_every: int = Field(default=1000, ge=1)
+    log_every: int = Field(default=20, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> "TrainSpec":
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch {self.batch} does not divide into {self.accumulate} micro-batches (accumulate)")
+        return self
+
+
+class DistillationSpec(RegionSpec):
+    """What the student learns from the teacher.
+
+    Attributes:
+        normalize: `"synced"` losses do not depend on how a batch is split over ranks and equal the released code's at
+            its 8 ranks of 2 images; `"reference"` keeps the sums of the released code, which grow with the images per
+            rank.
+        terms: The distillation losses. The default is LD in the main region and the VLR, with class distillation of the
+            sigmoids, which also works with a single class; the released code's softmax KD is in the `ld-*` presets.
+    """
+
+    normalize: Literal["synced", "reference"] = "synced"
+    terms: tuple[Term, ...] = Field(default=(LD(), LD(region="vlr", weight=0.0625), BinaryKD()), min_length=1)
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "DistillationSpec":
+        names = [term.name for term in self.terms]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two terms are called {', '.join(repeated)}: give each region to a term once")
+        return self
+
+    def check_classes(self, num_classes: int) -> None:
+        """Refuse a softmax over a single class, whose loss would always be zero.
+
+        Raises:
+            SpecError: One class, and a `kd` term.
+        """
+        for index, term in enumerate(self.terms):
+            if num_classes == 1 and isinstance(term, KD):
+                raise SpecError(
+                    f'distill.terms.{index}: "kd" takes a softmax over classes, which says nothing of a single class: '
+                    f"use --set 'distill.terms.{index}={{kind=\"binary_kd\"}}' or leave the term out"
+                )
+
+
+class TaughtSpec(Spec):
+    """Where the teacher comes from.
+
+    Attributes:
+        path: Checkpoint of a detector. If left out, one is trained on the same data first (or taken from the run's
+            folder, when it is there already).
+        model: What to train.
+        train: How to train it.
+    """
+
+    path: str | None = None
+    model: ModelSpec | None = None
+    train: TrainSpec = TrainSpec()
+
+    @model_validator(mode="after")
+    def _check_source(self) -> "TaughtSpec":
+        if self.path is None and self.model is None:
+            raise ValueError("no teacher: pass --teacher FILE, or say in [teacher.model] what to train first")
+        return self
+
+
+class RunSpec(Spec):
+    """What every training run says.
+
+    Attributes:
+        data: Images and boxes.
+        train: How to train.
+        postprocess: From predictions to final boxes, in evaluation and export.
+        device: `"auto"` is a GPU when there is one; else a name that torch knows, such as `cpu` or `cuda:1`.
+        output: Folder of the run; by default `runs/` and a name that the command chooses.
+    """
+
+    data: DataSpec = DataSpec()
+    train: TrainSpec = TrainSpec()
+    postprocess: PostprocessSpec = PostprocessSpec()
+    device: str = "auto"
+    output: str | None = None
+
+
+class TeacherSpec(RunSpec):
+    """`ldctl teacher train`: a plain detector.
+
+    Attributes:
+        model: The detector.
+    """
+
+    model: ModelSpec = ModelSpec()
+
+
+class DistillSpec(RunSpec):
+    """`ldctl distill`: a student learns from a teacher.
+
+    Attributes:
+        teacher: Where the teacher comes from.
+        student: The detector to train.
+        distill: What it learns from the teacher.
+        compare: Also train the same student without its teacher, with the same budget and seed, and report both.
+    """
+
+    # nothing given is checked like an empty table, which says what is missing
+    teacher: TaughtSpec = Field(default_factory=dict, validate_default=True)
+    student: ModelSpec = ModelSpec()
+    distill: DistillationSpec = DistillationSpec()
+    compare: bool = False
+
+    @model_validator(mode="after")
+    def _check_bins(self) -> "DistillSpec":
+        model = self.teacher.model
+        if self.teacher.path is None and model is not None and model.head.reg_max != self.student.head.reg_max:
+            raise ValueError(
+                f"teacher.model.head.reg_max is {model.head.reg_max}, student.head.reg_max "
+                f"{self.student.head.reg_max}: distributions over different bins cannot be compared, make them equal"
+            )
+        return self
+
+
+class EvalSpec(Spec):
+    """`ldctl eval`.
+
+    Attributes:
+        checkpoint: The detector.
+        data: Images and boxes; what the checkpoint was trained with, unless given.
+        postprocess: From predictions to final boxes; as in training, unless given.
+        batch: Images at once.
+        device: As in training.
+    """
+
+    checkpoint: str
+    data: DataSpec = DataSpec()
+    postprocess: PostprocessSpec = PostprocessSpec()
+    batch: int = Field(default=8, ge=1)
+    device: str = "auto"
+
+
+class ExportSpec(Spec):
+    """`ldctl export`.
+
+    Attributes:
+        checkpoint: The detector.
+        data: Images to check the exported file with; what the checkpoint was trained with, unless given.
+        postprocess: From predictions to final boxes; as in training, unless given.
+        images: How many images to check it with.
+    """
+
+    checkpoint: str
+    data: DataSpec = DataSpec()
+    postprocess: PostprocessSpec = PostprocessSpec()
+    images: int = Field(default=4, ge=1)
+
+
+S = TypeVar("S", bound=Spec)
+
+
+def load(cls: type[S], preset: str | None, flags: Mapping[str, object], assignments: Sequence[str]) -> S:
+    """Resolve a spec: the schema's defaults, then the preset, then command-line options, then `--set`.
+
+    Args:
+        cls: What to load.
+        preset: Name of a shipped preset, or path of a TOML file.
+        flags: Values of options by dotted path.
+        assignments: `section.key=value` strings.
+
+    Raises:
+        SpecError: Lists every fault, each with where it stands.
+    """
+    return toml.load(cls, file=find_preset(preset) if preset else None, flags=flags, assignments=assignments)
+
+
+def preset_folder() -> Path:
+    """Return the folder of the shipped presets: inside the installed package, or the checkout's."""
+    installed = Path(str(resources.files("ldctl"))) / "presets"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "presets"
+
+
+def preset_names() -> tuple[str, ...]:
+    """Return the names of the shipped presets, sorted."""
+    return tuple(sorted(path.stem for path in preset_folder().glob("*.toml")))
+
+
+def find_preset(name: str) -> Path:
+    """Return the file of a preset.
+
+    Args:
+        name: A shipped preset's name, or the path of a TOML file.
+
+    Raises:
+        SpecError: Neither exists.
+    """
+    if name.endswith(".toml"):
+        if not Path(name).is_file():
+            raise SpecError(f"--preset {name}: no such file")
+        return Path(name)
+    if name not in preset_names():
+        raise SpecError(f"--preset {name}: no such preset; there are {', '.join(preset_names())}, or give a .toml file")
+    return preset_folder() / f"{name}.toml"

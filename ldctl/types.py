@@ -1,0 +1,251 @@
+"""What flows through a step: frozen dataclasses of tensors.
+
+Shape letters, used in every signature:
+
+| letter | meaning |
+| --- | --- |
+| `B` | images of a batch |
+| `A` | locations of an image, all pyramid levels concatenated, finest first, row-major in a level |
+| `G` | objects of an image, padded to the most of any image in the batch |
+| `C` | classes |
+| `R` | bins of an edge distribution, `reg_max + 1` |
+| `N` | selected rows, a location of an image each |
+| `H W` | pixels |
+
+Boxes are `xyxy` (left, top, right, bottom; pixels) or `ltrb` (distances from a location to the four edges; stride
+units).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int, Int64, UInt8
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a data set and its objects, before any transform.
+
+    Attributes:
+        image_id: The image's id in its annotation file, or its index where the format has none.
+        file: Path of the image, or the name of a generated one.
+        height: Pixels of the stored image.
+        width: Pixels of the stored image.
+        xyxy: Boxes in pixels of the stored image.
+        label: Class index, 0-based.
+        area: Area in square pixels that the evaluation bins by size (a mask's, where the format has one).
+        is_crowd: True where the box covers a group or is to be ignored: never trained on, not counted in the
+            evaluation.
+    """
+
+    image_id: int
+    file: str
+    height: int
+    width: int
+    xyxy: Float32[np.ndarray, "G 4"]
+    label: Int64[np.ndarray, " G"]
+    area: Float32[np.ndarray, " G"]
+    is_crowd: Bool[np.ndarray, " G"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with a data set, and what was done about it.
+
+    Attributes:
+        file: The file in which it stands.
+        item: Where in the file, such as `annotation 17 of 000000000009.jpg`; empty for the file as a whole.
+        problem: What is wrong.
+        action: What was done about it.
+    """
+
+    file: str
+    item: str
+    problem: str
+    action: str
+
+    def __str__(self) -> str:
+        where = f"{self.file}: {self.item}" if self.item else self.file
+        return f"{where}: {self.problem}: {self.action}"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A split of a data set.
+
+    Attributes:
+        name: What messages call it: the annotation file or folder.
+        classes: Class names; a label indexes them.
+        category_id: The id of each class in the annotation file; detections are written with it.
+        samples: The images.
+        read: Pixels of a sample, uint8 RGB; a `DataError` that names the file where it cannot be read.
+        fingerprint: SHA-256 over everything that `samples` and `classes` hold.
+        faults: What was found wrong while the annotations were read; the samples are already free of it.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    category_id: tuple[int, ...]
+    samples: tuple[Sample, ...]
+    read: Callable[[Sample], UInt8[Tensor, "3 H W"]]
+    fingerprint: str
+    faults: tuple[Fault, ...] = ()
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The objects of a batch, padded to the same count.
+
+    Attributes:
+        gt_xyxy: Pixels of the network input; zeros where padded.
+        gt_label: Class index; zero where padded.
+        is_object: False where padded.
+    """
+
+    gt_xyxy: Float[Tensor, "B G 4"]
+    gt_label: Int[Tensor, "B G"]
+    is_object: Bool[Tensor, "B G"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images as the loader yields them, and their objects.
+
+    Attributes:
+        images: RGB, padded right and below to a common multiple of 32.
+        size_hw: Height and width of each image in `images`, without padding.
+        original_hw: Height and width of the stored image; detections are scaled back to it.
+        image_id: The images' ids in their annotation file.
+        targets: Objects to train on, without crowds. No objects (`G == 0`) in evaluation batches.
+    """
+
+    images: UInt8[Tensor, "B 3 H W"]
+    size_hw: Int[Tensor, "B 2"]
+    original_hw: Int[Tensor, "B 2"]
+    image_id: tuple[int, ...]
+    targets: Targets
+
+
+@dataclass(frozen=True)
+class Locations:
+    """Where the predictions of an image sit, all levels concatenated.
+
+    Attributes:
+        xy: Location in pixels of the network input: column and row times the stride, no half-pixel offset.
+        stride: Pixels between neighbours of the location's level.
+        level: 0 for the finest.
+        level_hw: Rows and columns of each level; their products sum to `A`.
+        level_stride: Stride of each level in pixels.
+    """
+
+    xy: Float[Tensor, "A 2"]
+    stride: Float[Tensor, " A"]
+    level: Int[Tensor, " A"]
+    level_hw: tuple[tuple[int, int], ...]
+    level_stride: tuple[int, ...]
+
+    @property
+    def level_sizes(self) -> tuple[int, ...]:
+        """Return the number of locations of each level."""
+        return tuple(height * width for height, width in self.level_hw)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What a detector says of every location.
+
+    Attributes:
+        cls: Class logits.
+        edge: Logits of the edge distributions, edges in the order left, top, right, bottom; always float32.
+        features: Pyramid maps that the head read, finest first.
+        locations: Where the rows sit.
+    """
+
+    cls: Float[Tensor, "B A C"]
+    edge: Float32[Tensor, "B A 4 R"]
+    features: tuple[Float[Tensor, "B _ _ _"], ...]
+    locations: Locations
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """Which location answers for which object.
+
+    Attributes:
+        label: Class of the location's object; `num_classes` for background.
+        gt_xyxy: Box of the location's object, pixels; zeros for background.
+        is_positive: True where the location answers for an object.
+        is_valid: False for locations beyond the image's own padding: they take part in nothing.
+        threshold: Each object's positive IoU threshold; infinite for padded objects.
+    """
+
+    label: Int[Tensor, "B A"]
+    gt_xyxy: Float[Tensor, "B A 4"]
+    is_positive: Bool[Tensor, "B A"]
+    is_valid: Bool[Tensor, "B A"]
+    threshold: Float[Tensor, "B G"]
+
+
+@dataclass(frozen=True)
+class Where:
+    """The locations that a loss looks at: rows of the batch's flattened `B * A` locations.
+
+    Attributes:
+        row: `image * A + location`, ascending; or all of them, as a slice.
+        weight: How much each row counts in a localization loss, in [0, 1]; detached.
+        level: Pyramid level of each row.
+        image: Image of each row.
+        num_images: Images of the batch, those without rows included.
+        num_levels: Pyramid levels, those without rows included.
+    """
+
+    row: Int[Tensor, " N"] | slice
+    weight: Float[Tensor, " N"]
+    level: Int[Tensor, " N"]
+    image: Int[Tensor, " N"]
+    num_images: int
+    num_levels: int
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """What losses are divided by.
+
+    Attributes:
+        kind: `"reference"` keeps the sums of the released LD code, which grow with the images per rank; `"synced"` does
+            not depend on how a batch is split over ranks, and equals the reference at its 8 ranks of 2 images.
+        num_positive: Positives, at least one counted per image; averaged over ranks.
+        weight_sum: Sum of the weights of the positives, kept off zero; averaged over ranks.
+    """
+
+    kind: Literal["synced", "reference"]
+    num_positive: Float[Tensor, ""]
+    weight_sum: Float[Tensor, ""]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a distillation term compares: two detectors' outputs on one batch. The teacher's carries no gradient."""
+
+    student: Dense
+    teacher: Dense
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Final boxes of one image, best first.
+
+    Attributes:
+        image_id: The image's id in its annotation file.
+        xyxy: Pixels of the stored image.
+        score: In (0, 1).
+        label: Class index.
+    """
+
+    image_id: int
+    xyxy: Float[Tensor, "N 4"]
+    score: Float[Tensor, " N"]
+    label: Int[Tensor, " N"]

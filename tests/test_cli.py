@@ -1,0 +1,685 @@
+"""The command line: every help text and every message whole, exit codes, and that nothing is lost or overwritten."""
+
+import json
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from datasets import coco_document, write_coco
+
+from ldctl import checkpoint, engine, mmdet
+from ldctl.checkpoint import CheckpointMeta
+from ldctl.cli import main
+from ldctl.models import Detector, ModelSpec, ResNetSpec
+from ldctl.types import Batch
+
+HELP = Path(__file__).parent / "help"
+COMMANDS = ("", "teacher", "teacher train", "teacher import", "distill", "eval", "export")
+SYNTHETIC = (
+    "--device cpu --batch 4 --epochs 2 --set data.format=synthetic --set data.synthetic={train=10,val=3,size=64} "
+    "--set data.short_side=[64,64] --set data.long_side=64 --set data.workers=0 --set train.log_every=1"
+)
+TINY = (
+    "--init none --set {0}.backbone.width=0.125 --set {0}.backbone.depth=18 --set {0}.channels=32 "
+    "--set {0}.head.num_convs=1"
+)
+PLAIN, STUDENT = (TINY.format(section) for section in ("model", "student"))
+SAID = (
+    "train: 10 images, 44 boxes, 4 classes from synthetic train\n"
+    "val: 3 images, 12 boxes, 4 classes from synthetic val\n"
+)
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def ldctl(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[[str], Ran]:
+    """Run a command line in this process, in an empty folder; anything but an exit code is a failure."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    capfd.readouterr()
+
+    def run(line: str) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["ldctl", *shlex.split(line)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capfd.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detector after one epoch on four classes."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    engine.train_teacher(runs.plain_spec(folder, train__epochs=1), quiet=True)
+    return folder / "best.safetensors"
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# --- help -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_the_recorded_text(ldctl: Callable[[str], Ran], command: str) -> None:
+    """`LDCTL_RECORD=1` records it anew."""
+    ran = ldctl(f"{command} --help")
+    path = HELP / f"{'_'.join(['ldctl', *command.split()])}.txt"
+    if os.environ.get("LDCTL_RECORD"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(ran.out)
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out == path.read_text()
+
+
+def test_every_command_has_a_recorded_help(ldctl: Callable[[str], Ran]) -> None:
+    assert {path.stem for path in HELP.iterdir()} == {"_".join(["ldctl", *command.split()]) for command in COMMANDS}
+    for text in (HELP / "ldctl.txt", HELP / "ldctl_teacher.txt"):
+        found = [line.split()[0] for line in text.read_text().partition("Commands:\n")[2].splitlines()]
+        prefix = text.stem.removeprefix("ldctl").strip("_")
+        inside = {c.removeprefix(prefix).split()[0] for c in COMMANDS if c.startswith(prefix) and c != prefix}
+        assert inside == set(found)
+
+
+def test_help_is_quick_and_loads_no_torch(tmp_path: Path) -> None:
+    """Measured in CPU seconds, which the other work of a busy machine does not lengthen; nothing here waits."""
+    code = "import sys; sys.argv = ['ldctl', '--help']\nfrom ldctl.cli import main\ntry:\n  main()\nfinally:\n  "
+    code += "assert not {'torch', 'numpy', 'pydantic', 'rich'} & set(sys.modules), 'heavy'"
+    root = str(Path(__file__).parents[1])
+    # compiled files, as an installation has them
+    environment = {
+        **os.environ,
+        "PYTHONPATH": root,
+        "PYTHONPYCACHEPREFIX": str(tmp_path),
+        "PYTHONDONTWRITEBYTECODE": "",
+    }
+    seconds = []
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert min(seconds[1:]) < 0.3
+
+
+def test_version_and_no_arguments(ldctl: Callable[[str], Ran]) -> None:
+    ran = ldctl("--version")
+    assert (ran.code, ran.out) == (0, "ldctl 0.1.0\n")
+    ran = ldctl("distill --nonsense")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("Usage: ldctl distill [OPTIONS]\nTry 'ldctl distill -h' for help.\n")
+    assert ldctl("teacher").code == 2
+
+
+# --- what bad input gets --------------------------------------------------------------------------------------------
+
+
+def test_every_fault_of_a_spec_at_once(ldctl: Callable[[str], Ran], tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text(
+        '[train]\nepoch = 3\nbatch = "4"\n\n[student]\nchannels = 33\n\n[data]\nflip = 2\n'
+    )
+    ran = ldctl("distill --preset bad.toml --set distill.terms.0.wieght=1 --set train.accumulate=0.5 -o run")
+    assert (ran.code, ran.out) == (3, "")
+    assert ran.err == (
+        "error: bad.toml: teacher: no teacher: pass --teacher FILE, or say in [teacher.model] what to train first\n"
+        "bad.toml:2: train.epoch: unknown key; did you mean 'epochs'?\n"
+        'bad.toml:3: train.batch: expected a whole number, given "4"\n'
+        "bad.toml:6: student.channels: must be a multiple of 32, given 33\n"
+        "bad.toml:9: data.flip: must be less than or equal to 1, given 2\n"
+        "--set distill.terms.0.wieght=1: distill.terms.0.wieght: unknown key; did you mean 'weight'?\n"
+        "--set train.accumulate=0.5: train.accumulate: expected a whole number, given 0.5\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+NO_DATA = (
+    "error: nowhere: no such folder: put a COCO, VOC or YOLO data set there or name one with --data; "
+    "`ldctl distill --preset quickstart` needs none\n"
+)
+MISTAKES = {
+    "distill": (3, "error: teacher: no teacher: pass --teacher FILE, or say in [teacher.model] what to train first\n"),
+    "distill --preset nope.toml": (3, "error: --preset nope.toml: no such file\n"),
+    "distill --teacher none.safetensors": (
+        5, "error: none.safetensors: no such file: did you mean text.safetensors or foreign.safetensors?\n",
+    ),
+    "distill --teacher no/none.safetensors": (
+        5, "error: no/none.safetensors: no such file, and no folder no: check the path\n",
+    ),
+    "distill --teacher text.safetensors": (
+        5, "error: text.safetensors: not a safetensors file: pass a file that `ldctl` wrote\n",
+    ),
+    "eval foreign.safetensors": (
+        5,
+        "error: foreign.safetensors: no metadata of ldctl, as other tools' files: pass a file that `ldctl` wrote\n",
+    ),
+    "export .": (5, "error: .: a folder, not a weights file: pass a file in it, as best.safetensors\n"),
+    "teacher train --data nowhere": (4, NO_DATA),
+    "teacher train --init none.pth {plain} --init none.pth {synthetic}": (
+        5,
+        SAID + "error: none.pth: no such file: pass --init a torchvision ResNet (.pth, .safetensors) or an ldctl "
+        "checkpoint, or --init none\n",
+    ),
+    "teacher train --preset broken.toml": (3, "error: broken.toml:2:2: Expected '=' after a key in a key/value pair\n"),
+    "teacher train {synthetic} {plain} --device nonsense": (
+        9, "error: --device nonsense: not available here: use cpu, or check the driver and torch's build\n",
+    ),
+    "teacher train {synthetic} {plain} --set train.accumulate=3": (
+        3, "error: command line: train: batch 4 does not divide into 3 micro-batches (accumulate)\n",
+    ),
+    "teacher train {synthetic} {plain} --resume -o run": (
+        7, "error: run: holds no run to resume: mend --output, or leave out --resume\n",
+    ),
+    "teacher train {synthetic} {plain} -o broken.toml": (
+        7, "error: broken.toml: exists and holds something else: pass another --output\n",
+    ),
+    "teacher train {synthetic} {plain} -o text.safetensors": (
+        7, "error: text.safetensors: exists already: pass another --output\n",
+    ),
+    "teacher train {synthetic} {plain} -o broken.toml/run": (
+        7, SAID + "error: broken.toml/run: cannot be written (Not a directory): pass another --output\n",
+    ),
+    "teacher import text.safetensors -o text.safetensors": (
+        7, "error: text.safetensors: exists already: pass another --output\n",
+    ),
+    "teacher import none.pth -o new.safetensors": (
+        5, "error: none.pth: no such file: pass the .pth of a GFL detector of mmdet\n",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_gets_one_line(ldctl: Callable[[str], Ran], tmp_path: Path, line: str) -> None:
+    (tmp_path / "text.safetensors").write_text("some text that is longer than a header")
+    (tmp_path / "broken.toml").write_text("a = 1\nb\n")
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    before = tree(tmp_path)
+    ran = ldctl(line.format(synthetic=SYNTHETIC, plain=PLAIN))
+    assert (ran.code, ran.err) == MISTAKES[line]
+    assert ran.out == ""
+    left = tree(tmp_path)
+    assert {name: left[name] for name in before} == before
+    assert set(left) - set(before) <= {"runs/teacher-r18/spec.toml"}  # what the next attempt may overwrite
+
+
+def test_a_run_that_failed_at_once_does_not_stand_in_the_way(ldctl: Callable[[str], Ran], tmp_path: Path) -> None:
+    assert ldctl(f"teacher train {SYNTHETIC} {PLAIN} --init none.pth -o run").code == 5
+    ran = ldctl(f"teacher train {SYNTHETIC} {PLAIN} --epochs 1 -o run -q")
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "run/best.safetensors").exists()
+
+
+def test_a_missing_device(ldctl: Callable[[str], Ran]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    ran = ldctl(f"teacher train {SYNTHETIC} {PLAIN} --device cuda")
+    message = "error: --device cuda: not available here: use cpu, or check the driver and torch's build\n"
+    assert (ran.code, ran.err) == (9, message)
+
+
+def test_a_batch_that_ranks_cannot_share(ldctl: Callable[[str], Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    ran = ldctl(f"teacher train {SYNTHETIC} {PLAIN}")
+    message = "error: train.batch 4 does not divide into 3 ranks x 1 micro-batches: make it a multiple of 3\n"
+    assert (ran.code, ran.err) == (3, message)
+
+
+def test_a_truncated_teacher(ldctl: Callable[[str], Ran], teacher: Path, tmp_path: Path) -> None:
+    data = teacher.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[:-100])
+    ran = ldctl(f"distill --teacher cut.safetensors {SYNTHETIC} {STUDENT} -o run")
+    size = len(data)
+    message = f"error: cut.safetensors: truncated ({size - 100} bytes of {size}): take another copy of the file\n"
+    assert (ran.code, ran.err) == (5, message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_other_bins(ldctl: Callable[[str], Ran], teacher: Path, tmp_path: Path) -> None:
+    ran = ldctl(f"distill --teacher {teacher} {SYNTHETIC} {STUDENT} --set student.head.reg_max=8 -o run")
+    assert (ran.code, ran.err) == (
+        3,
+        f"error: {teacher}: the teacher has reg_max 16, the student 8, and distributions over different bins cannot be "
+        "compared: pass --set student.head.reg_max=16\n",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def small_coco(root: Path, classes: int = 2) -> Path:
+    """A data set in COCO form, six images of 64 x 48 in each split, as a user may bring."""
+    document = coco_document(6)
+    if classes == 1:
+        document["categories"] = [{"id": 1, "name": "cat"}]
+        document["annotations"] = [entry | {"category_id": 1} for entry in document["annotations"]]  # type: ignore[operator]
+    for split in ("train", "val"):
+        write_coco(root, document, split, num_images=6)
+    return root
+
+
+SIZES = "--set data.short_side=[48,48] --set data.long_side=64 --set data.workers=0"
+
+
+def test_a_teacher_of_other_classes(ldctl: Callable[[str], Ran], teacher: Path, tmp_path: Path) -> None:
+    data = small_coco(tmp_path / "data")
+    for line in (f"distill --teacher {teacher} --data data {SIZES} {STUDENT} -o run", f"eval {teacher} --data data"):
+        ran = ldctl(line)
+        name = data.relative_to(tmp_path) / f"annotations/instances_{'train' if 'distill' in line else 'val'}2017.json"
+        assert ran.code == 4
+        assert ran.err.splitlines()[-1] == (
+            f"error: {teacher}: knows 4 classes, {name} has 2: it lacks cat, dog, the data has no disc, box, triangle, "
+            "cross: use a detector that was trained on these classes"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_softmax_over_one_class(ldctl: Callable[[str], Ran], tmp_path: Path) -> None:
+    small_coco(tmp_path / "data", classes=1)
+    ran = ldctl(f"teacher train --data data --device cpu --batch 4 --epochs 1 {SIZES} {PLAIN} -o teacher -q")
+    assert ran.code == 0, ran.err
+    line = f"distill --teacher teacher/best.safetensors --data data --device cpu --batch 4 --epochs 1 {SIZES} {STUDENT}"
+    ran = ldctl(f"{line} -o run --set 'distill.terms.2={{kind=\"kd\"}}'")
+    assert ran.code == 3
+    assert ran.err.splitlines()[-1] == (
+        'error: distill.terms.2: "kd" takes a softmax over classes, which says nothing of a single class: '
+        "use --set 'distill.terms.2={kind=\"binary_kd\"}' or leave the term out"
+    )
+    assert not (tmp_path / "run").exists()
+    ran = ldctl(f"{line} -o run -q --set 'distill.terms.2={{kind=\"binary_kd\"}}'")
+    assert ran.code == 0, ran.err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no train split: looked for COCO's annotations/instances_train2017.json"),
+        ('{"images": [', "annotations/instances_train2017.json: not valid JSON: Expecting value: line 1 column 13"),
+        ('{"images": [], "annotations": [], "categories": []}', "no classes: there is nothing to detect"),
+        (
+            '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}',
+            "no image with a box to train on",
+        ),
+        ("[]", "not a COCO annotation file: list instead of an object"),
+    ],
+)
+def test_bad_data(ldctl: Callable[[str], Ran], tmp_path: Path, content: str | None, message: str) -> None:
+    """The messages whole: tests/test_formats.py."""
+    (tmp_path / "data/annotations").mkdir(parents=True)
+    if content:
+        (tmp_path / "data/annotations/instances_train2017.json").write_text(content)
+    ran = ldctl(f"teacher train --data data {PLAIN} -o run")
+    assert ran.code == 4
+    assert ran.err.startswith("error: data")
+    assert ran.err.count("\n") == 1
+    assert message in ran.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_image_is_named_and_left_out(ldctl: Callable[[str], Ran], tmp_path: Path) -> None:
+    small_coco(tmp_path / "data")
+    for split in ("train", "val"):
+        path = tmp_path / f"data/{split}2017/2.jpg"
+        path.write_bytes(path.read_bytes()[:-200])
+    (tmp_path / "data/train2017/3.jpg").unlink()
+    line = f"teacher train --data data --device cpu --batch 4 --epochs 1 {SIZES} {PLAIN} -o run -q"
+    ran = ldctl(line)
+    assert ran.code == 0, ran.err
+    faults = (tmp_path / "run/data_faults.txt").read_text().splitlines()
+    assert len(faults) == 3
+    for file, fault in zip(
+        ("train2017/2.jpg: image 12", "train2017/3.jpg: image 13", "val2017/2.jpg: image 12"), faults, strict=True
+    ):
+        assert fault.startswith(f"data/{file}: ")
+        assert fault.endswith(": image skipped")
+        assert f"data: {fault}\n" in ran.err
+    assert "train: 4 images, 4 boxes, 2 classes from data/annotations/instances_train2017.json\n" in ran.err
+    ran = ldctl("eval run/best.safetensors --json")
+    assert ran.code == 0
+    assert ran.err == f"data: {faults[2]}\n"
+
+
+def test_an_output_that_holds_a_run(ldctl: Callable[[str], Ran], teacher: Path) -> None:
+    before = tree(teacher.parent)
+    for line in (f"teacher train {PLAIN}", f"distill --teacher {teacher} {STUDENT}"):
+        ran = ldctl(f"{line} {SYNTHETIC} -o {teacher.parent}")
+        message = f"error: {teacher.parent}: holds a run already: continue it with --resume, or pass another --output\n"
+        assert (ran.code, ran.err) == (7, message)
+    ran = ldctl(f"teacher train --resume -o {teacher.parent} --epochs 3 --set train.optim.lr=0.5 --set data.workers=1")
+    assert (ran.code, ran.err) == (
+        3,
+        f"error: --resume: {teacher.parent}/spec.toml says otherwise: train.epochs: was 1, now 3; "
+        "train.optim.lr: was 0.01, now 0.5: resume with the values that the run was started with\n",
+    )
+    assert tree(teacher.parent) == before
+
+
+def test_a_spec_of_a_run_that_was_damaged(ldctl: Callable[[str], Ran], tmp_path: Path) -> None:
+    folder = tmp_path / "runs/teacher-r18"
+    folder.mkdir(parents=True)
+    (folder / "spec.toml").write_text("a = \n")
+    ran = ldctl(f"teacher train --resume {SYNTHETIC} {PLAIN}")
+    assert ran.code == 3
+    assert ran.err.startswith("error: runs/teacher-r18/spec.toml: cannot be read (")
+    assert ran.err.endswith("): restore it, or start a new run\n")
+    assert ran.err.count("\n") == 1
+
+
+@pytest.fixture
+def nobody() -> Iterator[None]:
+    """Be a user who may not write everywhere."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        yield
+        os.seteuid(0)
+    else:
+        yield
+
+
+def test_a_folder_without_permission(ldctl: Callable[[str], Ran], nobody: None) -> None:
+    ran = ldctl(f"teacher train {SYNTHETIC} {PLAIN} -o /no_such_run")
+    assert (ran.code, ran.err) == (
+        7, SAID + "error: /no_such_run: cannot be written (Permission denied): pass another --output\n",
+    )  # fmt: skip
+    assert not Path("/no_such_run").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system on which a run's files fit, but not a second state beside the first."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5500k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_loses_nothing(ldctl: Callable[[str], Ran], small_disk: Path, tmp_path: Path) -> None:
+    line = f"teacher train {SYNTHETIC} {PLAIN} -q -o"
+    ran = ldctl(f"{line} disk/run")
+    assert ran.code == 7
+    assert ran.err.splitlines()[-1] == (
+        "error: disk/run/state.safetensors: cannot be written (No space left on device): free some space or choose "
+        "another place"
+    )
+    left = sorted(path.name for path in (small_disk / "run").iterdir())
+    assert left == ["best.safetensors", "last.safetensors", "metrics.jsonl", "spec.toml", "state.safetensors"]
+    assert checkpoint.load_state(small_disk / "run/state.safetensors").values["step"] == 3
+    checkpoint.load(small_disk / "run/last.safetensors")
+    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    assert ldctl(f"{line} disk/run --resume").code == 0
+    assert ldctl(f"{line} whole").code == 0
+    runs.same(small_disk / "run", tmp_path / "whole")
+
+
+# --- interruption ---------------------------------------------------------------------------------------------------
+
+
+def slow_steps() -> None:
+    from ldctl.trainer import Trainer
+
+    original = Trainer._optimize
+
+    def slow(self: Trainer, batch: Batch) -> dict[str, torch.Tensor]:
+        time.sleep(0.3)
+        return original(self, batch)
+
+    Trainer._optimize = slow  # type: ignore[method-assign]
+
+
+def wait_for(process: BaseProcess, found: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not found():
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_and_resumed(
+    ldctl: Callable[[str], Ran], teacher: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    line = f"distill --teacher {teacher} {SYNTHETIC} {STUDENT} -o {tmp_path}/run"
+    process = runs.start(runs.command, shlex.split(line), tmp_path / "log", slow_steps)
+    log = tmp_path / "run/metrics.jsonl"
+    wait_for(process, lambda: log.is_file() and log.read_text().count("\n") > 0)
+    assert process.pid
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == code
+    step = checkpoint.load_state(tmp_path / "run/state.safetensors").values["step"]
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last == f"error: student: stopped at step {step} of 6; repeat the command with --resume"
+    ran = ldctl(f"distill --resume -o {tmp_path}/run -q")  # nothing else has to be repeated
+    assert ran.code == 0, ran.err
+    steps = [record["step"] for record in runs.records(tmp_path / "run") if record["phase"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def sleepy_data() -> None:
+    def sleep(*_: object, **__: object) -> None:
+        print("reading", flush=True)
+        time.sleep(60)
+
+    engine.open_data = sleep  # type: ignore[assignment]
+
+
+def test_interrupted_before_training(tmp_path: Path) -> None:
+    line = f"teacher train {SYNTHETIC} {PLAIN} -o {tmp_path}/run"
+    process = runs.start(runs.command, shlex.split(line), tmp_path / "log", sleepy_data)
+    wait_for(process, lambda: (tmp_path / "log").is_file() and "reading" in (tmp_path / "log").read_text())
+    assert process.pid
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    assert (tmp_path / "log").read_text() == "reading\nerror: interrupted\n"
+    assert not (tmp_path / "run").exists()
+
+
+# --- what works -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [f"teacher train {PLAIN}", f"distill --teacher t.safetensors --compare {STUDENT}"])
+def test_a_printed_spec_loads_back(ldctl: Callable[[str], Ran], tmp_path: Path, command: str) -> None:
+    ran = ldctl(f"{command} {SYNTHETIC} --seed 7 -o some/run --dry-run")
+    assert (ran.code, ran.err) == (0, "")
+    for said in ('output = "some/run"', "seed = 7", "epochs = 2", 'format = "synthetic"', "width = 0.125"):
+        assert said in ran.out.splitlines()
+    (tmp_path / "again.toml").write_text(ran.out)
+    again = ldctl(f"{' '.join(command.split()[: 2 if 'train' in command else 1])} --preset again.toml --dry-run")
+    assert again == ran
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.toml"]
+
+
+def test_options_reach_the_spec(ldctl: Callable[[str], Ran]) -> None:
+    out = ldctl("distill -t t.safetensors --student r34 --data d --init w.pth --epochs 3 --batch 8 --dry-run").out
+    lines = out.splitlines()
+    for said in ('path = "t.safetensors"', "depth = 34", 'path = "d"', 'init = "w.pth"', "epochs = 3", "batch = 8"):
+        assert said in lines
+    assert 'output = "runs/r34"' in lines
+    assert 'output = "runs/quickstart"' in ldctl("distill --preset quickstart --dry-run").out.splitlines()
+
+
+def test_data_wins_over_a_generated_set(ldctl: Callable[[str], Ran], teacher: Path) -> None:
+    assert 'format = "auto"' in ldctl("distill --preset quickstart --data d --dry-run").out.splitlines()
+    kept = ldctl("distill --preset quickstart --data d --set data.format=synthetic --dry-run").out
+    assert 'format = "synthetic"' in kept.splitlines()
+    ran = ldctl(f"eval {teacher} --data nowhere")
+    assert (ran.code, ran.err) == (4, NO_DATA)
+
+
+def test_a_checkpoint_says_all_that_evaluation_needs(ldctl: Callable[[str], Ran], tmp_path: Path) -> None:
+    small_coco(tmp_path / "data")
+    ran = ldctl(
+        f"teacher train --data {tmp_path}/data --device cpu --batch 4 --epochs 1 {SIZES} {PLAIN} -o t.safetensors -q"
+    )
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "t.safetensors").read_bytes() == (tmp_path / "t/best.safetensors").read_bytes()
+    ran = ldctl("eval t.safetensors --json --save-detections found.json")
+    assert (ran.code, ran.err) == (0, "")
+    figures = json.loads(ran.out)
+    assert ran.out.count("\n") == 1
+    assert {"ap", "ap50", "ap75", "ap_small", "ar100"} <= set(figures)
+    assert set(figures["per_class"]) == {"cat", "dog"}
+    assert isinstance(json.loads((tmp_path / "found.json").read_text()), list)
+    again = ldctl("eval t.safetensors --json --detections found.json")
+    assert json.loads(again.out) == figures
+    table = ldctl("eval t.safetensors -q")
+    assert table.code == 0
+    assert "AP75" in table.out
+    assert "dog" in table.out
+
+
+def test_evaluation_keeps_what_is_there(ldctl: Callable[[str], Ran], teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "found.json").write_text("mine")
+    ran = ldctl(f"eval {teacher} --save-detections found.json -q")
+    message = "error: found.json: exists already: pass another --save-detections\n"
+    assert (ran.code, ran.out, ran.err) == (7, "", message)
+    assert (tmp_path / "found.json").read_text() == "mine"
+    ran = ldctl(f"eval {teacher} --save-detections found.json/below.json -q")
+    assert ran.code == 7
+    assert "found.json/below.json: cannot be written" in ran.err
+
+
+def test_export_keeps_what_is_there(ldctl: Callable[[str], Ran], teacher: Path, tmp_path: Path) -> None:
+    for kind, name in (("mmdet", "mine.pth"), ("onnx", "mine.onnx")):
+        (tmp_path / name).write_text("mine")
+        ran = ldctl(f"export {teacher} --to {kind} -o {name}")
+        assert (ran.code, ran.err) == (7, f"error: {name}: exists already: pass another --output\n")
+        assert (tmp_path / name).read_text() == "mine"
+
+
+def test_resume_refuses_other_data(ldctl: Callable[[str], Ran], tmp_path: Path) -> None:
+    for root, count in (("one", 3), ("other", 4)):
+        for split in ("train", "val"):
+            write_coco(tmp_path / root, coco_document(count), split, count)
+    sizes = "--set data.short_side=[64,64] --set data.long_side=96 --set data.workers=0 --batch 2 --epochs 1 -q"
+    assert ldctl(f"teacher train {PLAIN} {sizes} --data one -o run").code == 0
+    ran = ldctl(f"teacher train {PLAIN} {sizes} --data other -o run --resume")
+    assert ran.code == 5
+    assert "run/state.safetensors: the run was started with other images, boxes or another teacher's file" in ran.err
+
+
+def test_distill_writes_the_file_that_it_is_asked_for(
+    ldctl: Callable[[str], Ran], teacher: Path, tmp_path: Path
+) -> None:
+    ran = ldctl(f"distill --teacher {teacher} {SYNTHETIC} {STUDENT} --epochs 1 -o student.safetensors -q")
+    assert ran.code == 0, ran.err
+    assert checkpoint.load(tmp_path / "student.safetensors").meta.teacher_sha256 == checkpoint.sha256(teacher)
+
+
+def test_exports(ldctl: Callable[[str], Ran], teacher: Path, tmp_path: Path) -> None:
+    ran = ldctl(f"export {teacher} --to mmdet -o student.pth")
+    assert ran.code == 0, ran.err
+    state = torch.load(tmp_path / "student.pth", weights_only=True)["state_dict"]
+    assert ran.out == f"student.pth: {len(state)} entries under mmdet's names\n"
+    assert {"backbone.conv1.weight", "bbox_head.gfl_cls.weight"} <= set(state)
+    ran = ldctl(f"export {teacher} --images 1 -o student.onnx --set postprocess.score_threshold=0.002")
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith("student.onnx: ")
+    assert "checked on 1 images" in ran.out
+    assert (tmp_path / "student.onnx").stat().st_size > 100_000
+
+
+# --- import ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def foreign() -> dict[str, torch.Tensor]:
+    """A GFL detector with ResNet-18 and 20 classes, as mmdet writes it."""
+    return mmdet.to_mmdet(Detector(ModelSpec(backbone=ResNetSpec(depth=18, init="none")), 20).state_dict())
+
+
+def test_import(ldctl: Callable[[str], Ran], foreign: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    torch.save({"state_dict": foreign}, tmp_path / "gfl.pth")
+    ran = ldctl("teacher import gfl.pth -o gfl.safetensors")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out == (
+        "gfl.safetensors: GFL with ResNet-18, 20 classes, reg_max 16, 256 channels; "
+        f"{len(foreign)} entries read, none left over\n"
+    )
+    meta = checkpoint.load_meta(tmp_path / "gfl.safetensors")
+    assert meta.classes[:2] == ("aeroplane", "bicycle")
+    assert ldctl("eval gfl.safetensors").err.startswith("error: data/coco: no such folder")
+    names = [f"a class with a long name {number}" for number in range(20)]  # longer than a path can be
+    ran = ldctl(f"teacher import gfl.pth -o named.safetensors --classes '{','.join(names)}'")
+    assert ran.code == 0, ran.err
+    assert checkpoint.load_meta(tmp_path / "named.safetensors").classes == tuple(names)
+    (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
+    assert ldctl("teacher import gfl.pth -o read.safetensors --classes names.txt").code == 0
+    assert checkpoint.load_meta(tmp_path / "read.safetensors").classes == tuple(names)
+
+
+def test_import_lists_all_that_does_not_fit(
+    ldctl: Callable[[str], Ran], foreign: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    state = dict(foreign)
+    del state["neck.fpn_convs.0.conv.bias"], state["bbox_head.scales.3.scale"]
+    state["bbox_head.reg_conf.0.weight"] = torch.zeros(64, 20, 1, 1)
+    state["neck.lateral_convs.0.conv.weight"] = torch.zeros(256, 64, 1, 1)
+    torch.save({"state_dict": state}, tmp_path / "gfl.pth")
+    ran = ldctl("teacher import gfl.pth -o gfl.safetensors")
+    assert (ran.code, ran.out) == (5, "")
+    assert "reg_conf" in ran.err
+    del state["bbox_head.reg_conf.0.weight"]  # GFLv2's, which has a message of its own
+    state["bbox_head.more"] = torch.zeros(2)
+    torch.save({"state_dict": state}, tmp_path / "gfl.pth")
+    ran = ldctl("teacher import gfl.pth -o gfl.safetensors")
+    assert (ran.code, ran.out) == (5, "")
+    assert ran.err == (
+        "error: gfl.pth: 4 entries do not fit a GFL detector with ResNet-18: nothing imported\n"
+        "missing: bbox_head.scales.3.scale []\n"
+        "missing: neck.fpn_convs.0.conv.bias [256]\n"
+        "unexpected: bbox_head.more [2]\n"
+        "shape: neck.lateral_convs.0.conv.weight is [256, 64, 1, 1], GFL's is [256, 128, 1, 1]\n"
+    )
+    assert not (tmp_path / "gfl.safetensors").exists()
+
+
+def test_import_asks_for_classes(ldctl: Callable[[str], Ran], foreign: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    three = {**foreign, "bbox_head.gfl_cls.weight": torch.zeros(3, 256, 3, 3), "bbox_head.gfl_cls.bias": torch.zeros(3)}
+    torch.save({"state_dict": three}, tmp_path / "gfl.pth")
+    ran = ldctl("teacher import gfl.pth -o gfl.safetensors")
+    message = "error: the file has 3 classes and does not name them: pass --classes a,b,c or a text file\n"
+    assert (ran.code, ran.err) == (3, message)
+    ran = ldctl("teacher import gfl.pth -o gfl.safetensors --classes a,b")
+    assert (ran.code, ran.err) == (3, "error: --classes gives 2 different names, the file has 3 classes\n")
+    (tmp_path / "names.txt").write_bytes(b"\xff\xfe")
+    for name in ("none.txt", "names.txt"):
+        ran = ldctl(f"teacher import gfl.pth -o gfl.safetensors --classes {name}")
+        assert ran.code == 3
+        assert ran.err.startswith(f"error: --classes {name}: no text file (")
+        assert ran.err.endswith("): pass a,b,c or a file of one name a line\n")
+    assert not (tmp_path / "gfl.safetensors").exists()
+
+
+def test_a_model_from_the_future(ldctl: Callable[[str], Ran], tmp_path: Path) -> None:
+    meta = CheckpointMeta(model={"kind": "new"}, classes=("a",), short_side=64, long_side=64)
+    checkpoint.save(tmp_path / "new.safetensors", {"a": torch.zeros(1)}, meta)
+    ran = ldctl("eval new.safetensors")
+    assert (ran.code, ran.err.splitlines()[-1]) == (
+        5,
+        "error: new.safetensors: holds a model that this version cannot build: update ldctl",
+    )

@@ -1,0 +1,231 @@
+"""Detection losses: golden values, closed forms, gradients, and what they are divided by."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from scenes import grid, images_of, random_dense, random_targets, targets_of
+from torch import Tensor
+from torch.testing import assert_close
+
+from ldctl.assign import assign
+from ldctl.boxes import box_giou, decode_ltrb, expected_distance
+from ldctl.losses import LossSpec, detection_losses, distribution_focal_loss, normalizer, quality_focal_loss
+from ldctl.regions import main_region
+from ldctl.types import Assigned, Dense, Targets
+
+CLASSES = 5
+BINS = torch.arange(17, dtype=torch.float64)
+STUDENT_EDGE, TEACHER_EDGE = 0.1 * BINS, -((BINS - 5) ** 2) / 8
+
+
+def uniform(*shape: int, seed: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def scene(seed: int = 0, num_images: int = 3) -> tuple[Dense, Targets, Assigned]:
+    locations = grid(128, 160)
+    targets = random_targets(num_images, 128, CLASSES, seed)
+    pad_hw = torch.tensor([[128, 160], [96, 64], [128, 128]])[:num_images]
+    return random_dense(locations, num_images, CLASSES, seed), targets, assign(locations, targets, pad_hw, CLASSES)
+
+
+def losses_of(
+    dense: Dense, assigned: Assigned, kind: str = "synced", spec: LossSpec | None = None
+) -> dict[str, Tensor]:
+    main = main_region(dense.cls, assigned, dense.locations)
+    return detection_losses(spec or LossSpec(), dense, assigned, main, normalizer(kind, assigned, main))
+
+
+def test_quality_focal_loss_golden_values() -> None:
+    logit = torch.tensor([-2.0, 0.5, 1.0], dtype=torch.float64)
+    positive = quality_focal_loss(logit, torch.tensor([0.0, 0.8, 0.0], dtype=torch.float64))
+    assert positive.sum().item() == pytest.approx(0.7217671683713964, rel=1e-12)
+    assert quality_focal_loss(logit, torch.zeros_like(logit)).sum().item() == pytest.approx(
+        1.0810834671060352, rel=1e-12
+    )
+
+
+def test_quality_focal_loss_closed_forms() -> None:
+    logit = uniform(50, seed=0) * 12 - 6
+    assert not quality_focal_loss(logit, logit.sigmoid()).any()  # the score equals its target
+    p = logit.sigmoid()
+    assert_close(quality_focal_loss(logit, torch.zeros_like(p)), -(p**2) * (1 - p).log())
+    assert_close(quality_focal_loss(logit, torch.ones_like(p)), -((1 - p) ** 2) * p.log())
+    assert_close(quality_focal_loss(logit, torch.ones_like(p), beta=1.0), -(1 - p) * p.log())
+    extreme = quality_focal_loss(torch.tensor([-200.0, 200.0]), torch.tensor([0.0, 0.0]))
+    assert extreme.tolist() == [0.0, 200.0]
+
+
+def test_distribution_focal_loss_golden_values() -> None:
+    edge = torch.stack((STUDENT_EDGE, TEACHER_EDGE))[:, None].expand(2, 4, 17)
+    target = torch.full((2, 4), 5.3, dtype=torch.float64)
+    expected = torch.tensor([3.2204395653766453, 1.6468540099591742], dtype=torch.float64)
+    assert_close(distribution_focal_loss(edge, target), expected, rtol=1e-12, atol=0)
+
+
+def test_distribution_focal_loss_closed_forms() -> None:
+    uniform_edge = torch.zeros(1, 4, 17, dtype=torch.float64)
+    for target in (0.0, 3.0, 7.25, 15.9):
+        found = distribution_focal_loss(uniform_edge, torch.full((1, 4), target, dtype=torch.float64))
+        assert found.item() == pytest.approx(math.log(17), rel=1e-12)
+    # the least possible: the entropy of the two bins' shares
+    share = torch.tensor([0.7, 0.3], dtype=torch.float64)
+    best = torch.full((1, 4, 17), -1e4, dtype=torch.float64)
+    best[..., 5:7] = share.log()
+    target = torch.full((1, 4), 5.3, dtype=torch.float64)
+    assert distribution_focal_loss(best, target).item() == pytest.approx(-(share * share.log()).sum().item(), rel=1e-9)
+    assert distribution_focal_loss(best.flip(-1), target).item() > 1000
+
+
+@pytest.mark.parametrize(("target", "clamped"), [(-3.0, 0.0), (16.0, 15.9), (400.0, 15.9)])
+def test_distribution_targets_are_clamped(target: float, clamped: float) -> None:
+    edge = uniform(1, 4, 17, seed=1)
+    found, expected = (
+        distribution_focal_loss(edge, torch.full((1, 4), value, dtype=torch.float64)) for value in (target, clamped)
+    )
+    assert torch.equal(found, expected)
+
+
+def test_distribution_target_on_the_last_bins_of_a_short_distribution() -> None:
+    edge = torch.zeros(1, 4, 9)
+    edge[..., 8] = 5.0
+    found = distribution_focal_loss(edge, torch.full((1, 4), 100.0))
+    log_p = edge[0, 0].log_softmax(dim=0)
+    assert found.item() == pytest.approx(-(0.1 * log_p[7] + 0.9 * log_p[8]).item(), rel=1e-5)
+
+
+def test_gradients() -> None:
+    logit = (uniform(3, 4, seed=2) * 6 - 3).requires_grad_()
+    target = uniform(3, 4, seed=3)
+    assert torch.autograd.gradcheck(lambda x: quality_focal_loss(x, target), (logit,))
+    edge = (uniform(3, 4, 9, seed=4) * 4).requires_grad_()
+    ltrb = uniform(3, 4, seed=5) * 9 - 0.5
+    assert torch.autograd.gradcheck(lambda x: distribution_focal_loss(x, ltrb), (edge,))
+    xy, stride = torch.zeros(3, 2, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    gt = torch.tensor([[-4.0, -3.0, 2.0, 5.0]], dtype=torch.float64)
+
+    def giou_loss(x: Tensor) -> Tensor:
+        return 1 - box_giou(decode_ltrb(xy, expected_distance(x), stride), gt)
+
+    assert torch.autograd.gradcheck(giou_loss, (edge,))
+
+
+@pytest.mark.parametrize("kind", ["synced", "reference"])
+def test_sums_written_out(kind: str) -> None:
+    """The three losses as loops over images, locations and classes, in float64."""
+    dense, _, assigned = scene()
+    cls, edge = dense.cls.detach().double(), dense.edge.detach().double()
+    qfl = giou = dfl = weights = 0.0
+    positives = [0, 0, 0]
+    for image, index in assigned.is_valid.nonzero().tolist():
+        target = torch.zeros(CLASSES, dtype=torch.float64)
+        if assigned.is_positive[image, index]:
+            stride = dense.locations.stride[index].double()
+            xy, gt = dense.locations.xy[index] / stride, assigned.gt_xyxy[image, index] / stride
+            distance = edge[image, index].softmax(dim=-1) @ BINS
+            left, top, right, bottom = (
+                xy[0] - distance[0],
+                xy[1] - distance[1],
+                xy[0] + distance[2],
+                xy[1] + distance[3],
+            )
+            width, height = (
+                min(b, d) - max(a, c) for a, b, c, d in ((left, right, gt[0], gt[2]), (top, bottom, gt[1], gt[3]))
+            )
+            shared = max(width, torch.tensor(0.0)) * max(height, torch.tensor(0.0))
+            union = (right - left) * (bottom - top) + (gt[2] - gt[0]) * (gt[3] - gt[1]) - shared
+            hull = (max(right, gt[2]) - min(left, gt[0])) * (max(bottom, gt[3]) - min(top, gt[1]))
+            weight = cls[image, index].max().sigmoid()
+            target[assigned.label[image, index]] = shared / union
+            giou += weight * (1 - shared / union + (hull - union) / hull)
+            ltrb = torch.cat((xy - gt[:2], gt[2:] - xy)).clamp(0, 15.9)
+            for side in range(4):
+                low = int(ltrb[side])
+                log_p = edge[image, index, side].log_softmax(dim=0)
+                dfl -= weight * ((low + 1 - ltrb[side]) * log_p[low] + (ltrb[side] - low) * log_p[low + 1]) / 4
+            weights += weight
+            positives[image] += 1
+        for logit, aim in zip(cls[image, index], target, strict=True):
+            p = logit.sigmoid()
+            qfl -= (aim - p).abs() ** 2 * (aim * p.log() + (1 - aim) * (1 - p).log())
+    divisor = weights + 1e-6 if kind == "reference" else max(weights, 1.0)
+    found = losses_of(dense, assigned, kind)
+    assert found["qfl"].item() == pytest.approx((qfl / sum(max(count, 1) for count in positives)).item(), rel=1e-5)
+    assert found["giou"].item() == pytest.approx((2 * giou / divisor).item(), rel=1e-5)
+    assert found["dfl"].item() == pytest.approx((0.25 * dfl / divisor).item(), rel=1e-5)
+
+
+def test_weights_and_leaving_dfl_out() -> None:
+    dense, _, assigned = scene()
+    once, twice = losses_of(dense, assigned), losses_of(dense, assigned, spec=LossSpec(qfl=3.0, giou=4.0, dfl=1.0))
+    for name, factor in (("qfl", 3.0), ("giou", 2.0), ("dfl", 4.0)):
+        assert_close(twice[name], factor * once[name])
+    assert set(losses_of(dense, assigned, spec=LossSpec(dfl=0.0))) == {"qfl", "giou"}
+
+
+def test_floors_of_the_weight_sum_differ_between_kinds() -> None:
+    dense, _, assigned = scene()
+    shy = replace(dense, cls=dense.cls.detach() - 12)  # hardly any score: the sum of weights is far below 1
+    main = main_region(shy.cls, assigned, shy.locations)
+    assert 0 < main.weight.sum() < 0.1
+    synced, reference = (normalizer(kind, assigned, main) for kind in ("synced", "reference"))
+    assert synced.weight_sum.item() == 1.0
+    assert reference.weight_sum.item() == pytest.approx(main.weight.sum().item() + 1e-6)
+    assert synced.num_positive == reference.num_positive == assigned.is_positive.sum(dim=1).clamp(min=1).sum()
+    main = main_region(dense.cls + 4, assigned, dense.locations)  # above the floor both are the same
+    synced, reference = (normalizer(kind, assigned, main).weight_sum for kind in ("synced", "reference"))
+    assert synced > 10
+    assert_close(synced, reference, rtol=1e-6, atol=0)
+
+
+def test_an_image_without_objects_counts_one_positive() -> None:
+    locations = grid(64, 64)
+    targets = targets_of([[], [(8.0, 8.0, 40.0, 40.0, 2)], []])
+    assigned = assign(locations, targets, torch.full((3, 2), 64), CLASSES)
+    main = main_region(torch.zeros(3, len(locations.level), CLASSES), assigned, locations)
+    assert normalizer("synced", assigned, main).num_positive.item() == 9 + 2
+
+
+@pytest.mark.parametrize("kind", ["synced", "reference"])
+def test_without_positives_every_output_gets_a_gradient(kind: str) -> None:
+    dense = random_dense(grid(64, 64), 2, CLASSES, 0)
+    assigned = assign(dense.locations, targets_of([[], []]), torch.full((2, 2), 64), CLASSES)
+    found = losses_of(dense, assigned, kind)
+    assert found["giou"].item() == found["dfl"].item() == 0.0
+    sum(found.values()).backward()
+    assert dense.edge.grad is not None
+    assert not dense.edge.grad.any()
+    assert dense.cls.grad.all()
+
+
+def test_quality_and_weights_are_targets_without_gradient() -> None:
+    """QFL does not move the boxes, GIoU and DFL do not move the classes."""
+    dense, _, assigned = scene()
+    found = losses_of(dense, assigned)
+    grad = torch.autograd.grad
+    assert grad(found["qfl"], dense.edge, retain_graph=True, allow_unused=True) == (None,)
+    for name in ("giou", "dfl"):
+        assert grad(found[name], dense.cls, retain_graph=True, allow_unused=True) == (None,)
+        (gradient,) = grad(found[name], dense.edge, retain_graph=True)
+        rows = gradient.abs().sum(dim=(2, 3)) > 0
+        assert torch.equal(rows, assigned.is_positive)
+    (gradient,) = grad(found["qfl"], dense.cls)
+    assert torch.equal((gradient != 0).any(dim=-1), assigned.is_valid)
+
+
+def test_order_of_images_does_not_matter() -> None:
+    dense, targets, _ = scene()
+    order, pad_hw = [2, 0, 1], torch.tensor([[128, 160], [96, 64], [128, 128]])
+    assigned = assign(dense.locations, targets, pad_hw, CLASSES)
+    moved = assign(dense.locations, images_of(targets, order), pad_hw[order], CLASSES)
+    found, again = losses_of(dense, assigned), losses_of(images_of(dense, order), moved)
+    for name, loss in found.items():
+        assert_close(again[name], loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("spec", [{"qfl": 0.0}, {"giou": -1.0}, {"dfl": -0.1}, {"iou": 1.0}])
+def test_faulty_weights_are_refused(spec: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(spec))):
+        LossSpec(**spec)

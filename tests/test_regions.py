@@ -1,0 +1,171 @@
+"""Regions against the definitions, one location and object at a time in Python's floats."""
+
+import math
+
+import pytest
+import torch
+from scenes import grid, images_of, random_dense, random_targets, targets_of
+from torch import Tensor
+from torch.testing import assert_close
+
+from ldctl.assign import assign
+from ldctl.errors import LdctlError
+from ldctl.regions import RegionSpec, all_region, main_region, vlr_overlap, vlr_region, vlr_weights
+from ldctl.types import Assigned, Locations, Targets, Where
+
+CLASSES = 4
+KINDS = ("diou", "reference")
+
+
+def scene(seed: int, num_images: int = 4) -> tuple[Locations, Targets, Assigned]:
+    locations = grid(192, 192)
+    targets = random_targets(num_images, 192, CLASSES, seed)
+    pad_hw = torch.tensor([[192, 192], [192, 128], [64, 192], [192, 192]])[:num_images]
+    return locations, targets, assign(locations, targets, pad_hw, CLASSES)
+
+
+def dense_weights(where: Where, num_locations: int) -> Tensor:
+    weights = torch.zeros(where.num_images * num_locations)
+    weights[where.row] = where.weight
+    return weights.view(where.num_images, num_locations)
+
+
+def brute_vlr(xy: tuple[float, float], stride: float, objects: list, kind: str, gamma: float) -> tuple[float, float]:
+    """Return a location's weight, and how close it comes to a limit of the region."""
+    weight, closest = 0.0, math.inf
+    half = 4 * stride
+    left, top, right, bottom = xy[0] - half, xy[1] - half, xy[0] + half, xy[1] + half
+    for (x1, y1, x2, y2), threshold in objects:
+        shared = max(0.0, min(right, x2) - max(left, x1)) * max(0.0, min(bottom, y2) - max(top, y1))
+        prior = (right - left) * (bottom - top)
+        union = prior + (x2 - x1) * (y2 - y1) - shared
+        offset = (xy[0] - (x1 + x2) / 2) ** 2 + (xy[1] - (y1 + y2) / 2) ** 2
+        diagonal = (max(right, x2) - min(left, x1)) ** 2 + (max(bottom, y2) - min(top, y1)) ** 2
+        overlap = shared / (prior if kind == "reference" else union) - offset / diagonal
+        closest = min(closest, abs(overlap - threshold), abs(overlap - gamma * threshold))
+        if gamma * threshold <= overlap < threshold:
+            weight = max(weight, shared / union)
+    return weight, closest
+
+
+@pytest.mark.parametrize("gamma", [0.25, 0.6])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(3))
+def test_vlr_equals_brute_force(seed: int, kind: str, gamma: float) -> None:
+    locations, targets, assigned = scene(seed)
+    where = vlr_region(RegionSpec(vlr=kind, gamma=gamma), assigned, targets, locations)
+    found = dense_weights(where, len(locations.level))
+    assert (found > 0).sum() > 100
+    for image in range(4):
+        mask = targets.is_object[image]
+        boxes, thresholds = targets.gt_xyxy[image, mask].tolist(), assigned.threshold[image, mask].tolist()
+        objects = list(zip(boxes, thresholds, strict=True))
+        for index, (xy, stride) in enumerate(zip(locations.xy.tolist(), locations.stride.tolist(), strict=True)):
+            expected, closest = brute_vlr(xy, stride, objects, kind, gamma)
+            if not assigned.is_valid[image, index]:
+                expected = 0.0
+            if closest > 1e-6:
+                assert found[image, index].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_two_definitions_differ_as_documented() -> None:
+    """A small prior box inside a large object: low DIoU, yet an overlap of nearly 1 in the released code."""
+    prior = torch.tensor([[68.0, 68.0, 132.0, 132.0]])
+    gt = torch.tensor([[[0.0, 0.0, 200.0, 200.0]]])
+    iou, diou = vlr_overlap(prior, gt, "diou")
+    same_iou, reference = vlr_overlap(prior, gt, "reference")
+    assert iou.item() == same_iou.item() == diou.item() == pytest.approx(64**2 / 200**2)
+    assert reference.item() == 1.0
+    a, b = torch.tensor([[0.0, 0.0, 10.0, 10.0]]), torch.tensor([[[5.0, 5.0, 20.0, 15.0]]])
+    assert vlr_overlap(a, b, "diou")[1].item() == pytest.approx(-0.0188888889, abs=1e-7)
+    assert vlr_overlap(a, b, "reference")[1].item() == pytest.approx(0.12, abs=1e-7)
+
+
+def test_band_is_closed_below_and_open_above() -> None:
+    overlap = torch.tensor([[[0.1249], [0.125], [0.3], [0.5], [0.6]]])
+    weight = vlr_weights(overlap, overlap, torch.tensor([[0.5]]), gamma=0.25)
+    assert weight.tolist() == [[0.0, 0.125, pytest.approx(0.3), 0.0, 0.0]]
+
+
+def test_weight_is_the_best_iou_among_objects_whose_band_holds_the_location() -> None:
+    iou = torch.tensor([[[0.2, 0.4, 0.9]]])
+    overlap = torch.tensor([[[0.2, 0.3, 0.9]]])  # the third is above its threshold
+    assert vlr_weights(iou, overlap, torch.tensor([[0.5, 0.5, 0.5]]), gamma=0.25).item() == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gamma(kind: str) -> None:
+    locations, targets, assigned = scene(1)
+    sizes, previous = [], None
+    for gamma in (1.0, 0.75, 0.5, 0.25, 0.0):  # at 0 a padded object's infinite threshold gives 0 * inf
+        row = set(vlr_region(RegionSpec(vlr=kind, gamma=gamma), assigned, targets, locations).row.tolist())
+        assert previous is None or previous < row
+        previous = row
+        sizes.append(len(row))
+    assert sizes[0] == 0
+
+
+def test_rows_levels_and_images() -> None:
+    locations, targets, assigned = scene(2)
+    dense = random_dense(locations, 4, CLASSES, 2)
+    count = len(locations.level)
+    regions = {
+        "main": main_region(dense.cls, assigned, locations),
+        "vlr": vlr_region(RegionSpec(), assigned, targets, locations),
+        "all": all_region(assigned, locations),
+    }
+    for name, where in regions.items():
+        row = torch.arange(4 * count)[where.row]
+        is_weighted = where.weight > 0
+        assert is_weighted.any(), name
+        assert (row.diff() > 0).all(), name
+        assert torch.equal(where.image * count + row % count, row), name
+        assert torch.equal(where.level, locations.level[row % count]), name
+        assert (where.num_images, where.num_levels) == (4, 5), name
+        assert assigned.is_valid.flatten()[row[is_weighted]].all(), name
+        assert is_weighted.all() or name == "all", name
+        assert (where.weight <= 1).all(), name
+        assert not where.weight.requires_grad, name
+    assert torch.equal(regions["all"].weight, assigned.is_valid.flatten().float())
+    main = regions["main"]
+    assert torch.equal(main.row, assigned.is_positive.flatten().nonzero()[:, 0])
+    # the best of all classes, not the object's own
+    score = dense.cls.detach().sigmoid().flatten(0, 1)[main.row]
+    assert_close(main.weight, score.amax(dim=1))
+    own = score.gather(1, assigned.label.flatten()[main.row, None])[:, 0]
+    assert (main.weight > own + 0.01).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_do_not_see_each_other(kind: str) -> None:
+    locations, targets, _ = scene(3)
+    pad_hw = torch.full((4, 2), 192)
+    spec, count = RegionSpec(vlr=kind), len(locations.level)
+    assigned = assign(locations, targets, pad_hw, CLASSES)
+    found = dense_weights(vlr_region(spec, assigned, targets, locations), count)
+    order = [2, 0, 3, 1]
+    moved = images_of(targets, order)
+    shuffled = assign(locations, moved, pad_hw, CLASSES)
+    assert torch.equal(dense_weights(vlr_region(spec, shuffled, moved, locations), count), found[order])
+    objects = torch.arange(targets.gt_label.shape[1]).flip(0)
+    flipped = Targets(targets.gt_xyxy[:, objects], targets.gt_label[:, objects], targets.is_object[:, objects])
+    again = vlr_region(spec, assign(locations, flipped, pad_hw, CLASSES), flipped, locations)
+    assert torch.equal(dense_weights(again, count), found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_objects(kind: str) -> None:
+    locations = grid(64, 64)
+    for images in ([[]], [[], [(8.0, 8.0, 40.0, 40.0, 2)]]):
+        targets = targets_of(images)
+        assigned = assign(locations, targets, torch.full((len(images), 2), 64), CLASSES)
+        where = vlr_region(RegionSpec(vlr=kind), assigned, targets, locations)
+        assert where.image.unique().tolist() == [1][: len(images) - 1]
+        main = main_region(torch.zeros(len(images), len(locations.level), CLASSES), assigned, locations)
+        assert main.image.unique().tolist() == [1][: len(images) - 1]
+
+
+@pytest.mark.parametrize("gamma", [-0.1, 1.1])
+def test_gamma_beyond_its_range_is_refused(gamma: float) -> None:
+    with pytest.raises((ValueError, LdctlError), match="gamma"):
+        RegionSpec(gamma=gamma)

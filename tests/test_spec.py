@@ -1,0 +1,162 @@
+"""Run specs: defaults, combinations that are refused, presets by name, and the reference's configuration."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import Deviations
+
+from ldctl import spec
+from ldctl.distill import KD, LD, BinaryKD
+from ldctl.errors import SpecError
+from ldctl.models.detector import MEAN, STD
+from ldctl.spec import DistillationSpec, DistillSpec, EvalSpec, TeacherSpec, TrainSpec
+
+
+def load(*assignments: str) -> DistillSpec:
+    return spec.load(DistillSpec, None, {"teacher.path": "t.safetensors"}, assignments)
+
+
+def test_default_terms() -> None:
+    terms = DistillationSpec().terms
+    assert [term.name for term in terms] == ["ld/main", "ld/vlr", "binary_kd/all"]
+    assert terms == (
+        LD(region="main", weight=0.25, temperature=10.0),
+        LD(region="vlr", weight=0.0625, temperature=10.0),
+        BinaryKD(region="all", weight=1.0, beta=1.0),
+    )
+    assert (DistillationSpec().vlr, DistillationSpec().gamma, DistillationSpec().normalize) == ("diou", 0.25, "synced")
+    assert load().distill == DistillationSpec()
+
+
+def test_defaults_are_the_references_configuration(shared: Path, deviations: Deviations) -> None:
+    path = shared / "oracle/mmdet_hyperparameters.json"
+    theirs = json.loads(path.read_text())["ld/ld_r18-gflv1-r101_fpn_1x_coco.py"]
+    head, train = theirs["model"]["bbox_head"], theirs["train_pipeline"]
+    warmup, steps = theirs["param_scheduler"]
+    ours = load("train.schedule.milestones=[8,11]")
+    optimizer = theirs["optim_wrapper"]["optimizer"]
+    pairs = [
+        (ours.train.optim.kind.upper(), optimizer["type"]),
+        (ours.train.optim.lr, optimizer["lr"]),
+        (ours.train.optim.momentum, optimizer["momentum"]),
+        (ours.train.optim.weight_decay, optimizer["weight_decay"]),
+        (ours.train.optim.base_batch, theirs["auto_scale_lr"]["base_batch_size"]),
+        (ours.train.epochs, theirs["train_cfg"]["max_epochs"]),
+        (ours.train.eval_every, theirs["train_cfg"]["val_interval"]),
+        (ours.train.schedule.warmup_steps, warmup["end"]),
+        (ours.train.schedule.warmup_factor, warmup["start_factor"]),
+        (ours.train.schedule.gamma, steps["gamma"]),
+        (list(ours.train.schedule.milestones or ()), steps["milestones"]),
+        (ours.train.losses.qfl, head["loss_cls"]["loss_weight"]),
+        (ours.train.losses.dfl, head["loss_dfl"]["loss_weight"]),
+        (ours.train.losses.giou, head["loss_bbox"]["loss_weight"]),
+        (ours.student.head.reg_max, head["reg_max"]),
+        (ours.student.head.num_convs, head["stacked_convs"]),
+        (ours.student.channels, head["feat_channels"]),
+        (ours.student.backbone.frozen_stages, theirs["model"]["backbone"]["frozen_stages"]),
+        (ours.student.backbone.norm == "frozen", theirs["model"]["backbone"]["norm_eval"]),
+        (list(MEAN), theirs["model"]["data_preprocessor"]["mean"]),
+        (list(STD), theirs["model"]["data_preprocessor"]["std"]),
+        (ours.postprocess.score_threshold, theirs["model"]["test_cfg"]["score_thr"]),
+        (ours.postprocess.nms_iou, theirs["model"]["test_cfg"]["nms"]["iou_threshold"]),
+        (ours.postprocess.candidates_per_level, theirs["model"]["test_cfg"]["nms_pre"]),
+        (ours.postprocess.max_detections, theirs["model"]["test_cfg"]["max_per_img"]),
+        ([ours.data.long_side, ours.data.short_side[1]], next(s["scale"] for s in train if s["type"] == "Resize")),
+        (ours.data.flip, next(s["prob"] for s in train if s["type"] == "RandomFlip")),
+    ]
+    main = ours.distill.terms[0]
+    assert isinstance(main, LD)
+    pairs += [(main.weight, head["loss_ld"]["loss_weight"]), (main.temperature, head["loss_ld"]["T"])]
+    wrong = [pair for pair in pairs if pair[0] != pair[1]]
+    deviations.record("configuration: values that differ", path.name, len(wrong))
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        (
+            "train.accumulate=3",
+            "--set train.accumulate=3: train: batch 16 does not divide into 3 micro-batches (accumulate)",
+        ),
+        ("train.epochs=0", "--set train.epochs=0: train.epochs: must be greater than or equal to 1, given 0"),
+        (
+            'distill.terms=[{kind="ld"},{kind="ld"}]',
+            '--set distill.terms=[{kind="ld"},{kind="ld"}]: distill: two terms are called ld/main: '
+            "give each region to a term once",
+        ),
+        (
+            "distill.terms=[]",
+            "--set distill.terms=[]: distill.terms: "
+            "Tuple should have at least 1 item after validation, not 0, given []",
+        ),
+        (
+            "distill.terms.0.weight=0",
+            "--set distill.terms.0.weight=0: distill.terms.0.weight: must be greater than 0, given 0",
+        ),
+        (
+            "distill.terms.0.kind=pkd",
+            "--set distill.terms.0.kind=pkd: distill.terms.0.kind: expected 'ld', 'kd' or 'binary_kd', given \"pkd\"; "
+            "did you mean 'kd'?",
+        ),
+        (
+            "student.backbone.depth=19",
+            "--set student.backbone.depth=19: student.backbone.depth: expected 18, 34, 50 or 101, given 19",
+        ),
+    ],
+)
+def test_what_is_refused(assignment: str, message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        load(assignment)
+    assert message in str(caught.value).splitlines()
+
+
+def test_softmax_over_one_class_is_refused() -> None:
+    both = DistillationSpec(terms=(LD(), KD()))
+    both.check_classes(2)
+    DistillationSpec().check_classes(1)
+    with pytest.raises(SpecError, match=r'^distill\.terms\.1: "kd" takes a softmax over classes'):
+        both.check_classes(1)
+
+
+def test_a_teacher_comes_from_somewhere() -> None:
+    message = "^teacher: no teacher: pass --teacher FILE, or say in [teacher.model] what to train first$"
+    with pytest.raises(SpecError, match=re.escape(message[1:-1])):
+        spec.load(DistillSpec, None, {}, [])
+    found = spec.load(DistillSpec, None, {}, ["teacher.model.backbone.depth=101"])
+    assert found.teacher.model
+    assert (found.teacher.path, found.teacher.model.backbone.depth) == (None, 101)
+    assert found.teacher.train == TrainSpec()
+
+
+def test_assignments_win_over_options_over_files(tmp_path: Path) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text("[train]\nepochs = 1\nbatch = 2\nseed = 3\n")
+    found = spec.load(TeacherSpec, str(file), {"train.batch": 4, "train.seed": 4}, ["train.seed=5"])
+    assert (found.train.epochs, found.train.batch, found.train.seed) == (1, 4, 5)
+
+
+def test_flags_are_left_as_they_are() -> None:
+    flags = {"checkpoint": "x", "data": {"path": "a"}}
+    found = spec.load(EvalSpec, None, flags, ["data.path=b", "data.flip=0.0"])
+    assert found.data.path == "b"
+    assert flags == {"checkpoint": "x", "data": {"path": "a"}}
+
+
+def test_presets_are_found_by_name_and_by_path(tmp_path: Path) -> None:
+    assert spec.find_preset("quickstart") == spec.preset_folder() / "quickstart.toml"
+    (tmp_path / "quickstart.toml").write_text("")
+    assert spec.find_preset(str(tmp_path / "quickstart.toml")) == tmp_path / "quickstart.toml"
+    names = ", ".join(spec.preset_names())
+    with pytest.raises(SpecError) as caught:
+        spec.find_preset("quick")
+    assert str(caught.value) == f"--preset quick: no such preset; there are {names}, or give a .toml file"
+
+
+def test_installed_presets_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets/only.toml").write_text("")
+    monkeypatch.setattr(spec.resources, "files", lambda _: tmp_path)
+    assert spec.preset_names() == ("only",)
