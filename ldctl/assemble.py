@@ -20,6 +20,7 @@ from ldctl.errors import CheckpointError, MissingError, SpecError
 from ldctl.models.detector import Detector, ModelSpec, initialize
 from ldctl.run_folder import FAULTS_FILE
 from ldctl.spec import DistillationSpec, DistillSpec, RunSpec, TrainSpec
+from ldctl.step import Teaching
 from ldctl.trainer import STATE_FILE, Job, shapes
 from ldctl.types import Dataset
 
@@ -150,15 +151,23 @@ def load_detector(path: Path) -> tuple[Detector, CheckpointMeta]:
     return detector, loaded.meta
 
 
+def hire(path: Path, distill: DistillationSpec, device: torch.device) -> Teaching:
+    """Load a teacher: frozen, in evaluation mode.
+
+    Raises:
+        CheckpointError: See `load_detector`.
+    """
+    teacher, _ = load_detector(path)
+    return Teaching(teacher.eval().requires_grad_(False).to(device), distill, checkpoint.sha256(path))
+
+
 def make_job(
     spec: RunSpec,
     name: str,
     folder: Path,
     model: ModelSpec,
     setting: Setting,
-    teacher: Detector | None = None,
-    distill: DistillationSpec | None = None,
-    teacher_sha256: str | None = None,
+    teaching: Teaching | None = None,
 ) -> Job:
     """Build a detector with its initial weights, and everything else that its training needs.
 
@@ -168,9 +177,7 @@ def make_job(
         folder: Where its files go; when they hold a state, the initial weights are not loaded.
         model: The detector.
         setting: Device and data.
-        teacher: What it learns from.
-        distill: What it learns from the teacher; given exactly when a teacher is.
-        teacher_sha256: Hash of the teacher's file, for the checkpoint.
+        teaching: From whom it learns, and what.
     """
     torch.manual_seed(spec.train.seed)
     detector = Detector(model, len(setting.train_set.classes))
@@ -185,7 +192,7 @@ def make_job(
             long_side=spec.data.long_side,
             spec=toml.dumps(spec),
             metrics=metrics,
-            teacher_sha256=teacher_sha256,
+            teacher_sha256=teaching.sha256 if teaching else None,
             data_fingerprint=setting.fingerprint,
         )
 
@@ -193,8 +200,7 @@ def make_job(
         name=name,
         folder=folder,
         detector=detector.to(setting.device),
-        teacher=teacher.eval().requires_grad_(False).to(setting.device) if teacher else None,
-        distill=distill,
+        teaching=teaching,
         train=spec.train,
         data=spec.data,
         postprocess=spec.postprocess,

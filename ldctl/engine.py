@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from ldctl import checkpoint, distributed, toml
-from ldctl.assemble import Setting, choose_device, load_detector, make_job, note, note_faults, open_data, start
+from ldctl.assemble import Setting, choose_device, hire, load_detector, make_job, note, note_faults, open_data, start
 from ldctl.checkpoint import CheckpointMeta
 from ldctl.data import in_class_order, open_dataset
 from ldctl.data.check import inspect
@@ -142,15 +142,14 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
         setting = replace(setting, train_set=train_set, val_set=val_set)
     open_folder(spec, folder, setting.faults)
     path = given or train_own_teacher(spec, folder, setting, resume=resume)
-    teacher, meta = load_detector(path)
+    meta = checkpoint.load_meta(path)
     results: dict[str, Metrics] = {}
     if meta.metrics and meta.data_fingerprint == setting.fingerprint:
         results["teacher"] = Metrics(**meta.metrics, per_class={})
     if spec.compare:
         results["plain"] = train_part(spec, "plain", spec.student, spec.train, folder, setting, resume=resume)
-    sha256 = checkpoint.sha256(path)
-    job = make_job(spec, "student", folder, spec.student, setting, teacher, spec.distill, sha256)
-    results["student"] = run(job)
+    teaching = hire(path, spec.distill, device)
+    results["student"] = run(make_job(spec, "student", folder, spec.student, setting, teaching))
     publish(spec, folder)
     print_metrics(results)
     return results

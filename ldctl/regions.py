@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldctl.boxes import EPS, box_area, center_penalty, intersection, prior_boxes
 from ldctl.schema import Spec
-from ldctl.types import Assigned, Locations, Targets, Where
+from ldctl.types import Assigned, Locations, Pair, Targets, Where
 
 Region = Literal["main", "vlr", "all"]
 VlrKind = Literal["diou", "reference"]
@@ -27,6 +27,26 @@ class RegionSpec(Spec):
 
     vlr: VlrKind = "diou"
     gamma: float = Field(default=0.25, ge=0, le=1)
+
+
+def region(name: Region, spec: RegionSpec, pair: Pair, assigned: Assigned, targets: Targets) -> Where:
+    """Draw a region.
+
+    Args:
+        name: Which.
+        spec: How the VLR is drawn.
+        pair: What student and teacher say.
+        assigned: Which location answers for which object.
+        targets: The objects.
+    """
+    locations = pair.student.locations
+    match name:
+        case "main":
+            return main_region(pair.student.cls, assigned, locations)
+        case "vlr":
+            return vlr_region(spec, assigned, targets, locations)
+        case "all":
+            return all_region(assigned, locations)
 
 
 @torch.no_grad()

@@ -79,6 +79,16 @@ class DistillationSpec(RegionSpec):
             raise ValueError(f"two terms are called {', '.join(repeated)}: give each region to a term once")
         return self
 
+    @property
+    def cut(self) -> int:
+        """Return where in the heads' towers the terms want maps; 0 where none does."""
+        return 0
+
+    @property
+    def compared_maps(self) -> tuple[str, ...]:
+        """Return which maps of student and teacher the terms compare: `features`, `cls`, `edge`."""
+        return ()
+
     def check_classes(self, num_classes: int) -> None:
         """Refuse a softmax over a single class, whose loss would always be zero.
 

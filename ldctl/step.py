@@ -1,29 +1,72 @@
 """One training step, from a batch to its losses: the whole method on one screen."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldctl.assign import assign
 from ldctl.boxes import PAD_MULTIPLE, location_grid
 from ldctl.distributed import reduce_mean
 from ldctl.losses import LossSpec, detection_losses, normalizer
 from ldctl.models.detector import Detector
-from ldctl.regions import all_region, main_region, vlr_region
+from ldctl.regions import main_region, region
 from ldctl.spec import DistillationSpec
 from ldctl.types import Batch, Dense, Pair, Targets, Where
 
 
+@dataclass(frozen=True)
+class Teaching:
+    """From whom a student learns, and what.
+
+    Attributes:
+        teacher: Frozen, in evaluation mode, on the student's device.
+        spec: The terms and their regions.
+        sha256: Hash of the teacher's file.
+    """
+
+    teacher: Detector
+    spec: DistillationSpec
+    sha256: str
+
+
+class Learner(nn.Module):
+    """The student as training sees it: a detector, and adapters where its maps are narrower than the teacher's.
+
+    Whatever of it learns is in the optimizer and in the saved state; checkpoints hold the detector alone.
+    """
+
+    def __init__(self, detector: Detector, teaching: Teaching | None) -> None:
+        super().__init__()
+        self.detector = detector
+        self.adapters = nn.ModuleDict()
+        self.cut = teaching.spec.cut if teaching else 0
+        if teaching:
+            own, wanted = detector.spec.channels, teaching.teacher.spec.channels
+            names = teaching.spec.compared_maps if own != wanted else ()
+            # one for all levels, as the head that reads them is one
+            self.adapters.update({name: nn.Conv2d(own, wanted, kernel_size=1) for name in names})
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Dense:
+        """Return the detector's predictions, with maps as wide as the teacher's where terms compare those."""
+        dense: Dense = self.detector(images, self.cut)
+        towers = replace(
+            dense.towers, cls=self._adapt("cls", dense.towers.cls), edge=self._adapt("edge", dense.towers.edge)
+        )
+        return replace(dense, features=self._adapt("features", dense.features), towers=towers)
+
+    def _adapt(self, name: str, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(self.adapters[name](each) for each in maps) if name in self.adapters else maps
+
+
 def training_losses(
-    student: Callable[[Tensor], Dense],
+    learner: Callable[[Tensor], Dense],
     detector: Detector,
-    teacher: Detector | None,
+    teaching: Teaching | None,
     batch: Batch,
     losses: LossSpec,
-    distill: DistillationSpec | None,
     *,
     parts: int = 1,
     num_positive: Float[Tensor, ""] | None = None,
@@ -32,39 +75,34 @@ def training_losses(
     """Return every weighted loss of a batch by name; their sum is what training minimises.
 
     Args:
-        student: Images to predictions: `detector`, or what wraps it for several ranks.
+        learner: Images to predictions: a `Learner`, or what wraps it for several ranks.
         detector: The detector that is trained.
-        teacher: Frozen and in evaluation mode; none trains a plain detector.
+        teaching: The teacher and what to learn from it; none trains a plain detector.
         batch: On the detector's device.
         losses: Weights of the detection losses.
-        distill: What to learn from the teacher; given exactly when a teacher is.
         parts: Micro-batches of the step, of which this batch is one.
         num_positive: What the class losses are divided by, over the whole step; counted if left out.
         bf16: Run both networks, but nothing of the losses, in bfloat16.
     """
-    assert (teacher is None) == (distill is None)
     autocast = torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16)
     images = detector.normalize(batch.images, batch.size_hw)  # the teacher's statistics are the same constants
     with autocast:
-        dense = student(images)
+        dense = learner(images)
     assigned = assign(dense.locations, batch.targets, padded_hw(batch.size_hw), detector.num_classes)
     main = main_region(dense.cls, assigned, dense.locations)  # synchronises: number of positives
-    norm = normalizer(distill.normalize if distill else "synced", assigned, main, parts=parts)
+    norm = normalizer(teaching.spec.normalize if teaching else "synced", assigned, main, parts=parts)
     if num_positive is not None:
         norm = replace(norm, num_positive=num_positive)
     named = detection_losses(losses, dense, assigned, main, norm)
-    if teacher is None or distill is None:
+    if teaching is None:
         return named
 
     with torch.no_grad(), autocast:
-        pair = Pair(student=dense, teacher=teacher(images))
+        pair = Pair(student=dense, teacher=teaching.teacher(images, teaching.spec.cut))
     where: dict[str, Where] = {"main": main}
-    used = {term.region for term in distill.terms}
-    if "vlr" in used:
-        where["vlr"] = vlr_region(distill, assigned, batch.targets, dense.locations)  # synchronises: size of the VLR
-    if "all" in used:
-        where["all"] = all_region(assigned, dense.locations)
-    return named | {term.name: term(pair, where[term.region], norm) for term in distill.terms}
+    for name in sorted({term.region for term in teaching.spec.terms} - {"main"}):
+        where[name] = region(name, teaching.spec, pair, assigned, batch.targets)  # synchronises, but for "all"
+    return named | {term.name: term(pair, where[term.region], norm) for term in teaching.spec.terms}
 
 
 def count_positive(detector: Detector, batch: Batch) -> Float[Tensor, ""]:

@@ -24,8 +24,8 @@ from ldctl.metrics import Metrics, evaluate
 from ldctl.models.detector import Detector, PostprocessSpec
 from ldctl.optim import Ema, build_optimizer, load_optimizer_state, lr_factor, optimizer_state, scaled_lr, set_lr
 from ldctl.predict import predict, to_device
-from ldctl.spec import DistillationSpec, TrainSpec
-from ldctl.step import count_positive, split, training_losses
+from ldctl.spec import TrainSpec
+from ldctl.step import Learner, Teaching, count_positive, split, training_losses
 from ldctl.types import Batch, Dataset
 
 STATE_FILE = "state.safetensors"
@@ -42,8 +42,7 @@ class Job:
         name: What the progress display calls it.
         folder: Where its files go.
         detector: What is trained; on `device`.
-        teacher: What it learns from, in evaluation mode on `device`; none trains a plain detector.
-        distill: What it learns from the teacher; given exactly when a teacher is.
+        teaching: From whom it learns, and what; none trains a plain detector.
         train: How to train.
         data: How to load images.
         postprocess: From predictions to final boxes.
@@ -57,8 +56,7 @@ class Job:
     name: str
     folder: Path
     detector: Detector
-    teacher: Detector | None
-    distill: DistillationSpec | None
+    teaching: Teaching | None
     train: TrainSpec
     data: DataSpec
     postprocess: PostprocessSpec
@@ -108,16 +106,18 @@ class Trainer:
         self.job = job
         self.steps_per_epoch = num_steps(job.train_set, job.train.batch)
         self.total_steps = self.steps_per_epoch * job.train.epochs
-        self.optimizer = build_optimizer(job.train.optim, {"student": job.detector})
+        self.learner = Learner(job.detector, job.teaching).to(job.device)
+        modules = {"student": job.detector, "adapters": self.learner.adapters}
+        self.optimizer = build_optimizer(job.train.optim, modules)
         self.ema = Ema(job.train.ema, job.detector) if job.train.ema else None
         self.step = 0
         self.evaluated_step = 0
         self.best_ap = -1.0
         self.metrics: Metrics | None = None
         self.pending: list[dict[str, Tensor]] = []
-        self.student: nn.Module = job.detector
+        self.wrapped: nn.Module = self.learner
         if distributed.world_size() > 1:
-            self.student = DistributedDataParallel(job.detector)
+            self.wrapped = DistributedDataParallel(self.learner)
 
     @property
     def evaluated(self) -> Detector:
@@ -167,7 +167,7 @@ class Trainer:
         epoch, first_step = divmod(self.step, self.steps_per_epoch)
         if first_step == 0 and self.step > self.evaluated_step and self._wants_evaluation():
             return
-        self.student.train()
+        self.wrapped.train()
         batches = train_batches(
             job.train_set,
             job.data,
@@ -216,12 +216,11 @@ class Trainer:
             is_last = index == len(parts) - 1
             with self._gradients_reduced(is_last):
                 losses = training_losses(
-                    self.student,
+                    self.wrapped,
                     job.detector,
-                    job.teacher,
+                    job.teaching,
                     part,
                     train.losses,
-                    job.distill,
                     parts=len(parts),
                     num_positive=num_positive,
                     bf16=uses_bf16,
@@ -231,7 +230,7 @@ class Trainer:
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() / len(parts)
         if train.optim.clip_norm is not None:
-            parameters = [p for p in job.detector.parameters() if p.requires_grad]
+            parameters = [p for p in self.learner.parameters() if p.requires_grad]
             nn.utils.clip_grad_norm_(parameters, train.optim.clip_norm)
         self.optimizer.step()
         if self.ema:
@@ -240,9 +239,9 @@ class Trainer:
 
     def _gradients_reduced(self, is_reduced: bool) -> AbstractContextManager[None]:
         """Average gradients over ranks in this backward pass, or leave that to a later one."""
-        if is_reduced or not isinstance(self.student, DistributedDataParallel):
+        if is_reduced or not isinstance(self.wrapped, DistributedDataParallel):
             return nullcontext()
-        return self.student.no_sync()
+        return self.wrapped.no_sync()
 
     def _mean_losses(self) -> dict[str, float]:
         """Return the mean of each loss, and of their sum, over the pending steps and all ranks.
@@ -331,7 +330,7 @@ class Trainer:
         self._share_buffers()
         if self.pending:
             self._mean_losses()
-        weights = self.job.detector.state_dict().values()
+        weights = self.learner.state_dict().values()
         if not torch.stack([value.isfinite().all() for value in weights]).all():  # synchronises, once per save
             raise self._diverged(f"a weight is not finite after step {self.step}")
         names = list(self.pending[0]) if self.pending else []
@@ -340,6 +339,7 @@ class Trainer:
             return
         moments, kind = optimizer_state(self.optimizer)
         tensors = {f"student/{name}": value for name, value in self.job.detector.state_dict().items()}
+        tensors |= {f"adapters/{name}": value for name, value in self.learner.adapters.state_dict().items()}
         tensors |= {f"optimizer/{name}": value for name, value in moments.items()}
         if self.ema:
             tensors |= {f"ema/{name}": value for name, value in self.ema.module.state_dict().items()}
@@ -376,6 +376,7 @@ class Trainer:
         student = below(state.tensors, "student")
         checkpoint.fit(student, shapes(self.job.detector), path)
         self.job.detector.load_state_dict(student)
+        self.learner.adapters.load_state_dict(below(state.tensors, "adapters"))
         load_optimizer_state(self.optimizer, below(state.tensors, "optimizer"), state.values["optimizer"])
         if self.ema:
             self.ema.module.load_state_dict(below(state.tensors, "ema"))

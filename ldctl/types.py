@@ -154,6 +154,19 @@ class Locations:
 
 
 @dataclass(frozen=True)
+class TowerMaps:
+    """Maps inside the two towers of a head, finest first, before the activation that follows them.
+
+    Attributes:
+        cls: Of the tower that tells classes.
+        edge: Of the tower that tells boxes.
+    """
+
+    cls: tuple[Float[Tensor, "B _ _ _"], ...]
+    edge: tuple[Float[Tensor, "B _ _ _"], ...]
+
+
+@dataclass(frozen=True)
 class Dense:
     """What a detector says of every location.
 
@@ -161,12 +174,14 @@ class Dense:
         cls: Class logits.
         edge: Logits of the edge distributions, edges in the order left, top, right, bottom; always float32.
         features: Pyramid maps that the head read, finest first.
+        towers: Maps inside the head's towers, where it was asked to be cut; the pyramid maps themselves at cut 0.
         locations: Where the rows sit.
     """
 
     cls: Float[Tensor, "B A C"]
     edge: Float32[Tensor, "B A 4 R"]
     features: tuple[Float[Tensor, "B _ _ _"], ...]
+    towers: TowerMaps
     locations: Locations
 
 
@@ -228,10 +243,18 @@ class Normalizer:
 
 @dataclass(frozen=True)
 class Pair:
-    """What a distillation term compares: two detectors' outputs on one batch. The teacher's carries no gradient."""
+    """What a distillation term compares: two detectors' outputs on one batch.
+
+    Attributes:
+        student: The student's outputs; its features and towers are as wide as the teacher's, by an adapter if need be.
+        teacher: The teacher's outputs, without gradient.
+        crossed: What the rest of the teacher's head makes of the student's tower maps, with gradient to those; given
+            when a term asks for it.
+    """
 
     student: Dense
     teacher: Dense
+    crossed: Dense | None = None
 
 
 @dataclass(frozen=True)

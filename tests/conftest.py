@@ -3,9 +3,13 @@
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from xdist.workermanage import WorkerController
 
 # A forked process hangs in its first parallel loop when its parent had threads; one thread also sums in one order.
 torch.set_num_threads(1)
@@ -37,6 +41,20 @@ DEVIATIONS = pytest.StashKey[Deviations]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[DEVIATIONS] = Deviations()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand what a worker process of pytest-xdist noted to the process that prints the table."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["deviations"] = session.config.stash[DEVIATIONS].worst
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: "WorkerController") -> None:
+    """Add what a worker process noted; one that crashed hands over nothing."""
+    for kind, files in getattr(node, "workeroutput", {}).get("deviations", {}).items():
+        for file, value in files.items():
+            node.config.stash[DEVIATIONS].record(kind, file, value)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

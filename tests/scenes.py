@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ldctl.boxes import location_grid
-from ldctl.types import Dense, Locations, Targets
+from ldctl.types import Dense, Locations, Targets, TowerMaps
 
 STRIDES = (8, 16, 32, 64, 128)
+NO_MAPS = TowerMaps((), ())
 
 
 def grid(height: int, width: int) -> Locations:
@@ -52,7 +53,7 @@ def random_dense(locations: Locations, num_images: int, num_classes: int, seed: 
     count = len(locations.level)
     cls = torch.randn(num_images, count, num_classes, generator=generator) * 2 - 2
     edge = torch.randn(num_images, count, 4, num_bins, generator=generator) * 6  # peaked: boxes of every size
-    return Dense(cls.requires_grad_(), edge.requires_grad_(), (), locations)
+    return Dense(cls.requires_grad_(), edge.requires_grad_(), (), NO_MAPS, locations)
 
 
 def images_of(batch: Targets | Dense, images: slice | list[int]) -> Targets | Dense:

@@ -104,16 +104,13 @@ def test_every_command_has_a_recorded_help(ldctl: Callable[[str], Ran]) -> None:
         assert inside == set(found)
 
 
-def test_help_is_quick_and_loads_no_torch(tmp_path: Path) -> None:
-    """Measured in CPU seconds, which the other work of a busy machine does not lengthen; nothing here waits."""
-    code = "import sys; sys.argv = ['ldctl', '--help']\nfrom ldctl.cli import main\ntry:\n  main()\nfinally:\n  "
-    code += "assert not {'torch', 'numpy', 'pydantic', 'rich'} & set(sys.modules), 'heavy'"
-    root = str(Path(__file__).parents[1])
+def cpu_seconds(code: str, compiled: Path) -> float:
+    """Return the least CPU time of five runs of a program, whose compiled files a first run leaves in a folder."""
     # compiled files, as an installation has them
     environment = {
         **os.environ,
-        "PYTHONPATH": root,
-        "PYTHONPYCACHEPREFIX": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPYCACHEPREFIX": str(compiled),
         "PYTHONDONTWRITEBYTECODE": "",
     }
     seconds = []
@@ -122,7 +119,27 @@ def test_help_is_quick_and_loads_no_torch(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
-    assert min(seconds[1:]) < 0.3
+    return min(seconds[1:])
+
+
+SAY_HELP = """import sys
+sys.argv = ["ldctl", "--help"]
+from ldctl.cli import main
+try:
+    main()
+finally:
+    assert not {"torch", "numpy", "pydantic", "rich"} & set(sys.modules), "heavy"
+"""
+
+
+def test_help_costs_little_more_than_typer_and_loads_no_torch(tmp_path: Path) -> None:
+    """A ratio, which holds on slow machines, too; the bound in seconds is the next test's."""
+    assert cpu_seconds(SAY_HELP, tmp_path) < 2.5 * cpu_seconds("import typer", tmp_path)
+
+
+@pytest.mark.bench
+def test_help_answers_in_a_third_of_a_second(tmp_path: Path) -> None:
+    assert cpu_seconds(SAY_HELP, tmp_path) < 0.3
 
 
 def test_version_and_no_arguments(ldctl: Callable[[str], Ran]) -> None:

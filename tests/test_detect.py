@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 from pydantic import ValidationError
+from scenes import NO_MAPS
 from torch import Tensor
 
 from ldctl.boxes import location_grid
@@ -28,6 +29,7 @@ def dense_of(arrays: dict[str, Tensor]) -> Dense:
         cls=torch.cat([level.flatten(2).mT for level in cls], dim=1),
         edge=flat_edge.unflatten(-1, (4, -1)),
         features=(),
+        towers=NO_MAPS,
         locations=location_grid(sizes_hw, STRIDES, torch.device("cpu")),
     )
 
@@ -52,7 +54,7 @@ def grid(sizes_hw: tuple[tuple[int, int], ...], num_classes: int, *, num_images:
     num = sum(locations.level_sizes)
     edge = torch.full((num_images, num, 4, 5), -40.0)
     edge[..., 1] = 40.0
-    return Dense(torch.full((num_images, num, num_classes), -20.0), edge, (), locations)
+    return Dense(torch.full((num_images, num, num_classes), -20.0), edge, (), NO_MAPS, locations)
 
 
 def boxes(dense: Dense, spec: PostprocessSpec = REFERENCE, size: int = 64, original: int = 64) -> list[list[float]]:
@@ -110,7 +112,7 @@ def test_candidates_are_counted_per_level_and_detections_in_all() -> None:
 def test_half_precision_scores_are_ranked_in_float32() -> None:
     dense = grid(((8, 8),), 1)
     dense.cls[0, 9, 0] = 1.0
-    half = Dense(dense.cls.bfloat16(), dense.edge, (), dense.locations)
+    half = Dense(dense.cls.bfloat16(), dense.edge, (), dense.towers, dense.locations)
     size_hw = torch.tensor([[64, 64]])
     assert detect(half, size_hw, size_hw, (0,), REFERENCE)[0].score.dtype == torch.float32
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Deviations
 from oracle import levels, read
+from scenes import NO_MAPS
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -96,7 +97,13 @@ class Case:
         flat_cls, flat_edge = (
             torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in maps], 1) for maps in (cls, edge)
         )
-        return Dense(cls=flat_cls, edge=flat_edge.unflatten(-1, (4, -1)), features=(), locations=self.locations)
+        return Dense(
+            cls=flat_cls,
+            edge=flat_edge.unflatten(-1, (4, -1)),
+            features=(),
+            towers=NO_MAPS,
+            locations=self.locations,
+        )
 
     @cached_property
     def targets(self) -> Targets:

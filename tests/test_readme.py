@@ -21,6 +21,8 @@ BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL
 LINES = [line for block in BLOCKS for line in block.splitlines() if line and not line.startswith("#")]
 COMMANDS = [line.removeprefix("ldctl ") for line in LINES if line.startswith("ldctl ")]
 TRAINS = ("distill", "teacher train")
+# what `eval` and `export` read, which the commands before them wrote
+NAMED = sorted({command.split()[1] for command in COMMANDS if command.startswith(("eval", "export"))})
 
 
 def test_there_are_two_set_up_commands_and_ci_runs_the_second() -> None:
@@ -40,7 +42,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"meta": {}, "state_dict": mmdet.to_mmdet(full.state_dict())}, folder / "published.pth")
     model = ModelSpec(backbone=ResNetSpec(depth=18, width=0.125, init="none"), channels=32)
     meta = CheckpointMeta(model=model.model_dump(mode="json"), classes=classes, short_side=64, long_side=96)
-    checkpoint.save(folder / "runs/r50/best.safetensors", Detector(model, len(classes)).state_dict(), meta)
+    for name in NAMED:
+        checkpoint.save(folder / name, Detector(model, len(classes)).state_dict(), meta)
     return folder
 
 

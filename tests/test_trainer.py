@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ldctl import checkpoint, engine, toml
-from ldctl.assemble import load_detector, make_job, open_data
+from ldctl.assemble import hire, make_job, open_data
 from ldctl.data.loader import train_batches
 from ldctl.distill import LD
 from ldctl.errors import Interrupted, OutputError, Terminated, TrainingError
@@ -32,7 +32,7 @@ from ldctl.mmdet import from_mmdet
 from ldctl.models import Detector, ModelSpec, ResNetSpec
 from ldctl.optim import OptimSpec, build_optimizer, set_lr
 from ldctl.spec import DistillationSpec
-from ldctl.step import split, training_losses
+from ldctl.step import Learner, Teaching, split, training_losses
 from ldctl.trainer import Job, Trainer
 from ldctl.types import Batch, Targets
 
@@ -89,7 +89,7 @@ def small_job(teacher: Path | None = None, **values: object) -> Job:
         return make_job(plain, "teacher", folder, plain.model, open_data(plain.data, torch.device("cpu"), quiet=True))
     spec = runs.distill_spec(folder, teacher, **values)
     setting = open_data(spec.data, torch.device("cpu"), quiet=True)
-    return make_job(spec, "student", folder, spec.student, setting, load_detector(teacher)[0], spec.distill, "0")
+    return make_job(spec, "student", folder, spec.student, setting, hire(teacher, spec.distill, torch.device("cpu")))
 
 
 def first_batch(job: Job) -> Batch:
@@ -272,6 +272,8 @@ def test_three_steps_are_the_references(shared: Path, deviations: Deviations) ->
         targets=Targets(torch.stack(boxes), torch.stack(labels), torch.ones(2, 5, dtype=torch.bool)),
     )
     distill = DistillationSpec(normalize="reference", terms=(LD(weight=0.25, temperature=10.0),))
+    teaching = Teaching(teacher, distill, "0")
+    learner = Learner(student, teaching)
     optimizer = build_optimizer(OptimSpec(), {"student": student})
     set_lr(optimizer, float(notes["lr"]))
     names = by_mmdets_name(shared, 18)
@@ -284,7 +286,7 @@ def test_three_steps_are_the_references(shared: Path, deviations: Deviations) ->
 
     for step in range(3):
         optimizer.zero_grad()
-        losses = training_losses(student, student, teacher, batch, LossSpec(), distill)
+        losses = training_losses(learner, student, teaching, batch, LossSpec())
         torch.autograd.backward(torch.stack(list(losses.values())).sum())
         for ours, theirs in {"qfl": "cls", "giou": "bbox", "dfl": "dfl", "ld/main": "ld"}.items():
             check("losses", losses[ours].item(), arrays[f"loss/loss_{theirs}"][step].sum().item(), 1e-4)
@@ -311,14 +313,13 @@ FROZEN = {"student__backbone__norm": "frozen"}
 
 def test_micro_batches_give_the_distillation_losses_and_gradients_of_the_whole(teacher: Path) -> None:
     job = small_job(teacher, train__batch=8, **FROZEN)
-    assert job.teacher
-    assert job.distill
     batch = first_batch(job)
     job.detector.train()  # which keeps the norms still
     parameters = list(job.detector.parameters())
+    learner = Learner(job.detector, job.teaching)
 
     def distilled(part: Batch) -> dict[str, Tensor]:
-        losses = training_losses(job.detector, job.detector, job.teacher, part, LossSpec(), job.distill)
+        losses = training_losses(learner, job.detector, job.teaching, part, LossSpec())
         return {name: losses[name] for name in ("ld/main", "ld/vlr")}
 
     whole = distilled(batch)
@@ -350,17 +351,19 @@ def test_class_losses_do_not_depend_on_micro_batches(teacher: Path, parts: int) 
 
 def test_teacher_stays_and_gets_no_gradient(teacher: Path) -> None:
     job = small_job(teacher)
-    assert job.teacher
-    before = {name: value.clone() for name, value in job.teacher.state_dict().items()}
+    assert job.teaching
+    before = {name: value.clone() for name, value in job.teaching.teacher.state_dict().items()}
     trainer = Trainer(job)
-    trainer.student.train()
+    trainer.wrapped.train()
     start = {name: value.clone() for name, value in job.detector.state_dict().items()}
     trainer._optimize(first_batch(job))
     assert any(not torch.equal(start[name], value) for name, value in job.detector.state_dict().items())
-    assert not job.teacher.training
-    for name, value in job.teacher.state_dict().items():
+    assert not job.teaching.teacher.training
+    for name, value in job.teaching.teacher.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in job.teacher.parameters())
+    assert all(
+        parameter.grad is None and not parameter.requires_grad for parameter in job.teaching.teacher.parameters()
+    )
     owned = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
     assert owned == {id(parameter) for parameter in job.detector.parameters()}
 

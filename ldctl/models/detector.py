@@ -78,9 +78,14 @@ class Detector(nn.Module):
         is_inside = (row < size[:, 0]) & (column < size[:, 1])
         return ((images - self.mean) / self.std).where(is_inside, 0.0)
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Dense:
-        """Predict from normalized images; multiples of 32 pixels waste nothing, any size works."""
-        dense: Dense = self.head(self.fpn(self.backbone(images)))
+    def forward(self, images: Float[Tensor, "B 3 H W"], cut: int = 0) -> Dense:
+        """Predict from normalized images; multiples of 32 pixels waste nothing, any size works.
+
+        Args:
+            images: See `normalize`.
+            cut: Where in the head's towers to take maps, for CrossKD; see `Tower`.
+        """
+        dense: Dense = self.head(self.fpn(self.backbone(images)), cut)
         return dense
 
 

@@ -1,6 +1,7 @@
 """Dense heads: pyramid maps to class logits and edge distributions at every location."""
 
 import math
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ldctl.boxes import location_grid
 from ldctl.schema import Spec
-from ldctl.types import Dense
+from ldctl.types import Dense, TowerMaps
 
 NORM_GROUPS = 32  # Source: GFL and ATSS configurations
 CONV_STD = 0.01  # Source: RetinaNet (ICCV 2017, arXiv:1708.02002), 4.1
@@ -38,11 +39,40 @@ class TowerLayer(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
         self.norm = nn.GroupNorm(NORM_GROUPS, channels)
 
-    def forward(self, feature: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
-        """Return a map of the same shape, not negative."""
+    def before_activation(self, feature: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
+        """Return what the ReLU reads."""
         inner, norm = self.conv(feature), self.norm
         # Not norm(inner): that refuses one value per group, as 32 channels have on a map of one location.
-        return torch.relu(torch.group_norm(inner, norm.num_groups, norm.weight, norm.bias, norm.eps))
+        return torch.group_norm(inner, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+    def forward(self, feature: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
+        """Return a map of the same shape, not negative."""
+        return torch.relu(self.before_activation(feature))
+
+
+class Tower(nn.ModuleList):
+    """Layers shared by all pyramid levels, which can be run in two parts.
+
+    A cut `k` lies behind the norm of the `k`-th layer, counted from 1, and before its activation; at 0 it lies before
+    the first layer.
+    """
+
+    def __init__(self, channels: int, num_convs: int) -> None:
+        super().__init__(TowerLayer(channels) for _ in range(num_convs))
+
+    def until(self, feature: Float[Tensor, "B D H W"], cut: int) -> Float[Tensor, "B D H W"]:
+        """Return the map at the cut."""
+        for index, layer in enumerate(islice(self, cut), start=1):
+            assert isinstance(layer, TowerLayer)
+            feature = layer(feature) if index < cut else layer.before_activation(feature)
+        return feature
+
+    def after(self, inner: Float[Tensor, "B D H W"], cut: int) -> Float[Tensor, "B D H W"]:
+        """Return the tower's output from the map at the cut."""
+        feature = torch.relu(inner) if cut else inner
+        for layer in islice(self, cut, None):
+            feature = layer(feature)
+        return feature
 
 
 class GFLHead(nn.Module):
@@ -55,8 +85,8 @@ class GFLHead(nn.Module):
         super().__init__()
         self.strides = strides
         self.num_bins = spec.reg_max + 1
-        self.cls_tower = nn.Sequential(*(TowerLayer(channels) for _ in range(spec.num_convs)))
-        self.edge_tower = nn.Sequential(*(TowerLayer(channels) for _ in range(spec.num_convs)))
+        self.cls_tower = Tower(channels, spec.num_convs)
+        self.edge_tower = Tower(channels, spec.num_convs)
         self.cls = nn.Conv2d(channels, num_classes, kernel_size=3, padding=1)
         self.edge = nn.Conv2d(channels, 4 * self.num_bins, kernel_size=3, padding=1)
         self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in strides)
@@ -66,18 +96,34 @@ class GFLHead(nn.Module):
                 if module.bias is not None:
                     nn.init.constant_(module.bias, math.log(PRIOR / (1 - PRIOR)) if module is self.cls else 0.0)
 
-    def forward(self, features: tuple[Float[Tensor, "B _ _ _"], ...]) -> Dense:
-        """Return the logits of every location of the pyramid maps, finest first."""
+    def forward(self, features: tuple[Float[Tensor, "B _ _ _"], ...], cut: int = 0) -> Dense:
+        """Return the logits of every location of the pyramid maps, finest first, and the tower maps at a cut."""
+        towers = TowerMaps(
+            cls=tuple(self.cls_tower.until(feature, cut) for feature in features),
+            edge=tuple(self.edge_tower.until(feature, cut) for feature in features),
+        )
+        return self.resume(towers, cut, features)
+
+    def resume(self, towers: TowerMaps, cut: int, features: tuple[Float[Tensor, "B _ _ _"], ...]) -> Dense:
+        """Return what the rest of the head makes of tower maps at a cut, its own or another head's.
+
+        Args:
+            towers: The maps.
+            cut: Where they come from; see `Tower`.
+            features: What the result says that the head read.
+        """
         cls, edge = [], []
-        for feature, scale in zip(features, self.scales, strict=True):
-            cls_map = self.cls(self.cls_tower(feature))
-            edge_map = self.edge(self.edge_tower(feature)).float() * scale  # distributions need float32, also under AMP
+        for inner_cls, inner_edge, scale in zip(towers.cls, towers.edge, self.scales, strict=True):
+            cls_map = self.cls(self.cls_tower.after(inner_cls, cut))
+            # distributions need float32, also under AMP
+            edge_map = self.edge(self.edge_tower.after(inner_edge, cut)).float() * scale
             cls.append(cls_map.permute(0, 2, 3, 1).flatten(1, 2))
             edge.append(edge_map.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, (4, self.num_bins)))
-        sizes_hw = tuple((feature.shape[-2], feature.shape[-1]) for feature in features)
+        sizes_hw = tuple((inner.shape[-2], inner.shape[-1]) for inner in towers.cls)
         return Dense(
             cls=torch.cat(cls, dim=1),
             edge=torch.cat(edge, dim=1),
             features=features,
-            locations=location_grid(sizes_hw, self.strides, features[0].device),
+            towers=towers,
+            locations=location_grid(sizes_hw, self.strides, towers.cls[0].device),
         )
