@@ -19,12 +19,15 @@ from ldctl.errors import DataError, OutputError, SpecError
 from ldctl.export import OnnxExporter
 from ldctl.metrics import Metrics, metrics_table, per_class_table, read_coco_results, to_coco_results
 from ldctl.metrics import evaluate as evaluate_detections
-from ldctl.models.detector import ModelSpec
+from ldctl.models.detector import Detector, ModelSpec
 from ldctl.predict import predict
 from ldctl.run_folder import SPEC_FILE, check_output, open_folder, run_folder
 from ldctl.spec import DistillSpec, EvalSpec, ExportSpec, RunSpec, TeacherSpec, TrainSpec, load
 from ldctl.trainer import BEST_FILE, STATE_FILE, Job, Trainer
 from ldctl.types import Dataset
+
+SAME_AP = 0.001  # evaluations of the same weights on the same images differ less, whatever the device
+USELESS_AP = 0.01
 
 S = TypeVar("S", TeacherSpec, DistillSpec, EvalSpec, ExportSpec)
 
@@ -126,8 +129,8 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
     """Distil a student; before it train the teacher, where there is none, and the plain student, where asked.
 
     Returns:
-        The metrics of the best checkpoint of `student`, of `plain` if it was trained, and of `teacher` if they are
-        known; without those per class.
+        The metrics of the teacher, and of the best checkpoint of `student`, and of `plain` if it was trained; those
+        two without AP per class.
     """
     device = start(spec)
     folder = check_output(spec, resume=resume)
@@ -142,17 +145,59 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
         setting = replace(setting, train_set=train_set, val_set=val_set)
     open_folder(spec, folder, setting.faults)
     path = given or train_own_teacher(spec, folder, setting, resume=resume)
-    meta = checkpoint.load_meta(path)
-    results: dict[str, Metrics] = {}
-    if meta.metrics and meta.data_fingerprint == setting.fingerprint:
-        results["teacher"] = Metrics(**meta.metrics, per_class={})
+    teaching = hire(path, spec.distill, device)
+    results = {"teacher": examine(teaching.teacher, path, spec, setting)}
     if spec.compare:
         results["plain"] = train_part(spec, "plain", spec.student, spec.train, folder, setting, resume=resume)
-    teaching = hire(path, spec.distill, device)
     results["student"] = run(make_job(spec, "student", folder, spec.student, setting, teaching))
     publish(spec, folder)
     print_metrics(results)
+    note(verdict(results))
     return results
+
+
+def examine(teacher: Detector, path: Path, spec: DistillSpec, setting: Setting) -> Metrics:
+    """Evaluate a teacher before anything is learnt from it, and hold that against what its file says.
+
+    A teacher that was loaded wrongly or does not fit the data is the commonest reason for a student that gains nothing.
+    """
+    with Console(stderr=True, quiet=setting.quiet).status("") as status:
+        found = predict(
+            teacher,
+            setting.val_set,
+            spec.data,
+            spec.postprocess,
+            batch_size=max(spec.train.batch // distributed.world_size(), 1),
+            device=setting.device,
+            on_batch=lambda done, total: status.update(f"teacher: image {done} of {total}"),
+        )
+    metrics = evaluate_detections(setting.val_set, found)
+    meta = checkpoint.load_meta(path)
+    recorded = meta.metrics.get("ap")
+    said = f"teacher: AP {metrics.ap:.3f} on these images"
+    if recorded is not None:
+        where = "for the same images" if meta.data_fingerprint == setting.fingerprint else "for others"
+        said += f", its file says {recorded:.3f} {where}"
+        if meta.data_fingerprint == setting.fingerprint and abs(metrics.ap - recorded) > SAME_AP:
+            said += ": it was evaluated at another input size or by another version, or its weights were changed"
+    if metrics.ap < USELESS_AP:
+        said += ": it finds next to nothing here, so there is little to learn from it: check its classes and input size"
+    note(said)
+    return metrics
+
+
+def verdict(results: Mapping[str, Metrics]) -> str:
+    """Say in one line how the distilled student stands against the plain one."""
+    student = results["student"].ap
+    if "plain" not in results:
+        return (
+            f"student: AP {student:.3f}; whether the teacher helped is not known: --compare also trains a plain student"
+        )
+    gain = student - results["plain"].ap
+    said = f"student: AP {student:.3f}, {gain:+.3f} against the plain student"
+    if gain > 0:
+        return said
+    return said + ": look at the shares of the gradient, train longer, or take a better teacher"
 
 
 def train_own_teacher(spec: DistillSpec, folder: Path, setting: Setting, *, resume: bool) -> Path:

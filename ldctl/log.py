@@ -189,6 +189,12 @@ class Progress:
         self.note(self._line(record))
         return record
 
+    def gradients(self, *, epoch: int, step: int, shares: Mapping[str, float]) -> dict[str, Value]:
+        """Show each loss's share of the gradient; return the record: `phase` (`gradient`), `epoch`, `step`, shares."""
+        record: dict[str, Value] = {"phase": "gradient", "epoch": epoch, "step": step, **shares}
+        self.note("gradient  " + "  ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+        return record
+
     def note(self, text: str) -> None:
         """Print a line; on a terminal it stays above the bars."""
         if not self._quiet:

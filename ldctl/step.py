@@ -105,6 +105,25 @@ def training_losses(
     return named | {term.name: term(pair, where[term.region], norm) for term in teaching.spec.terms}
 
 
+def gradient_shares(losses: dict[str, Float[Tensor, ""]], detector: Detector) -> Float[Tensor, " K"]:
+    """Return each loss's share of the gradient at the pyramid's output layers, which all of them pass: norm over sum.
+
+    Costs a backward pass through the head for each loss; leaves the graph and the parameters' gradients alone.
+
+    Returns:
+        Values in [0, 1] in the order of the losses; their sum is 1 unless no loss has a gradient.
+
+    Source: gradients at the last shared layer are compared as in GradNorm (ICML 2018, arXiv:1711.02257).
+    """
+    weights = list(detector.fpn.output.parameters())
+    norms = []
+    for loss in losses.values():
+        gradients = torch.autograd.grad(loss, weights, retain_graph=True, materialize_grads=True)
+        norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm())
+    stacked = torch.stack(norms)
+    return stacked / stacked.sum().clamp(min=torch.finfo(stacked.dtype).tiny)
+
+
 def count_positive(detector: Detector, batch: Batch) -> Float[Tensor, ""]:
     """Count the positives of a batch, at least one per image, averaged over ranks; needs no prediction."""
     height, width = batch.images.shape[-2:]

@@ -25,7 +25,7 @@ from ldctl.models.detector import Detector, PostprocessSpec
 from ldctl.optim import Ema, build_optimizer, load_optimizer_state, lr_factor, optimizer_state, scaled_lr, set_lr
 from ldctl.predict import predict, to_device
 from ldctl.spec import TrainSpec
-from ldctl.step import Learner, Teaching, count_positive, split, training_losses
+from ldctl.step import Learner, Teaching, count_positive, gradient_shares, split, training_losses
 from ldctl.types import Batch, Dataset
 
 STATE_FILE = "state.safetensors"
@@ -100,6 +100,7 @@ class Trainer:
         best_ap: AP of the best checkpoint.
         metrics: What the last evaluation found; none before the first.
         pending: Losses of the steps since the last record, which the next one averages.
+        shares: Each loss's share of the gradient at the first step of an epoch, until it is recorded.
     """
 
     def __init__(self, job: Job) -> None:
@@ -115,6 +116,7 @@ class Trainer:
         self.best_ap = -1.0
         self.metrics: Metrics | None = None
         self.pending: list[dict[str, Tensor]] = []
+        self.shares: dict[str, float] = {}
         self.wrapped: nn.Module = self.learner
         if distributed.world_size() > 1:
             self.wrapped = DistributedDataParallel(self.learner)
@@ -184,6 +186,9 @@ class Trainer:
             self.pending.append(self._optimize(to_device(batch, job.device)))
             self.step += 1
             unseen += train.batch
+            if self.shares:
+                log.write(progress.gradients(epoch=epoch + 1, step=self.step, shares=self.shares))
+                self.shares = {}
             is_last = self.step % self.steps_per_epoch == 0
             is_recorded = self.step % train.log_every == 0 or is_last or self.step == 1
             if is_recorded:
@@ -225,6 +230,9 @@ class Trainer:
                     num_positive=num_positive,
                     bf16=uses_bf16,
                 )
+                if index == 0 and self.step % self.steps_per_epoch == 0:
+                    shares = gradient_shares(losses, job.detector).tolist()  # synchronises, once per epoch
+                    self.shares = dict(zip(losses, shares, strict=True))
                 total = torch.stack(list(losses.values())).sum() / len(parts)
                 torch.autograd.backward(total)
             for name, value in losses.items():

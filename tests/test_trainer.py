@@ -32,7 +32,7 @@ from ldctl.mmdet import from_mmdet
 from ldctl.models import Detector, ModelSpec, ResNetSpec
 from ldctl.optim import OptimSpec, build_optimizer, set_lr
 from ldctl.spec import DistillationSpec
-from ldctl.step import Learner, Teaching, split, training_losses
+from ldctl.step import Learner, Teaching, gradient_shares, split, training_losses
 from ldctl.trainer import Job, Trainer
 from ldctl.types import Batch, Targets
 
@@ -347,6 +347,21 @@ def test_class_losses_do_not_depend_on_micro_batches(teacher: Path, parts: int) 
         assert_close(found[name], expected[name], rtol=1e-4, atol=0)
     for name in ("giou", "dfl"):  # a ratio of sums over each part
         assert_close(found[name], expected[name], rtol=0.3, atol=0)
+
+
+def test_shares_of_the_gradient(teacher: Path) -> None:
+    """Each loss's gradient norm on its own, as a backward pass gives it; the losses' graph stays usable."""
+    job = small_job(teacher, **FROZEN)
+    batch = first_batch(job)
+    learner = Learner(job.detector, job.teaching)
+    losses = training_losses(learner, job.detector, job.teaching, batch, LossSpec())
+    shares = gradient_shares(losses, job.detector)
+    norms = []
+    for loss in losses.values():
+        job.detector.zero_grad()
+        loss.backward(retain_graph=True)
+        norms.append(torch.cat([p.grad.flatten() for p in job.detector.fpn.output.parameters()]).norm())
+    assert_close(shares, torch.stack(norms) / torch.stack(norms).sum(), rtol=1e-5, atol=0)
 
 
 def test_teacher_stays_and_gets_no_gradient(teacher: Path) -> None:

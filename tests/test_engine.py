@@ -1,0 +1,111 @@
+"""What a distillation run says of its teacher and of what the student gained."""
+
+import math
+from pathlib import Path
+
+import pytest
+import runs
+
+from ldctl import checkpoint, engine
+from ldctl.metrics import Metrics
+
+FIGURES = ("ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+RECALLS = ("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
+
+
+def metrics(ap: float) -> Metrics:
+    return Metrics(ap=ap, **dict.fromkeys(FIGURES + RECALLS, math.nan), per_class={})
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    engine.train_teacher(runs.plain_spec(folder, train__epochs=1), quiet=True)
+    return folder / "best.safetensors"
+
+
+def said_of(teacher: Path, folder: Path, ap: float, monkeypatch: pytest.MonkeyPatch, **values: object) -> str:
+    """Return what a run says of its teacher before the first step, which is where this run ends."""
+
+    def stop(*_: object) -> None:
+        raise RuntimeError("the first step")
+
+    said: list[str] = []
+    monkeypatch.setattr(engine, "evaluate_detections", lambda *_: metrics(ap))
+    monkeypatch.setattr(engine, "note", said.append)
+    monkeypatch.setattr(engine, "run", stop)
+    with pytest.raises(RuntimeError, match="the first step"):
+        engine.distill(runs.distill_spec(folder, teacher, **values), quiet=True)
+    (line,) = (line for line in said if line.startswith("teacher:"))
+    return line
+
+
+def recorded(teacher: Path, ap: float) -> Path:
+    """Copy a teacher whose file says another AP."""
+    loaded = checkpoint.load(teacher)
+    meta = loaded.meta.model_copy(update={"metrics": {**loaded.meta.metrics, "ap": ap}})
+    target = teacher.with_name(f"{ap}.safetensors")
+    if not target.exists():
+        checkpoint.save(target, loaded.tensors, meta)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("ap", "changed", "expected"),
+    [
+        (0.4, {}, "teacher: AP 0.400 on these images, its file says 0.400 for the same images"),
+        (
+            0.35,
+            {},
+            "teacher: AP 0.350 on these images, its file says 0.400 for the same images: it was evaluated at another "
+            "input size or by another version, or its weights were changed",
+        ),
+        (0.35, {"data__synthetic__seed": 1}, "teacher: AP 0.350 on these images, its file says 0.400 for others"),
+        (
+            0.005,
+            {"data__synthetic__seed": 1},
+            "teacher: AP 0.005 on these images, its file says 0.400 for others: it finds next to nothing here, so "
+            "there is little to learn from it: check its classes and input size",
+        ),
+    ],
+)
+def test_teacher_is_examined_before_the_first_step(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ap: float, changed: dict[str, object], expected: str
+) -> None:
+    assert said_of(recorded(teacher, 0.4), tmp_path / "run", ap, monkeypatch, **changed) == expected
+
+
+def test_examined_teacher_has_the_ap_of_its_own_run(teacher: Path, tmp_path: Path) -> None:
+    spec = runs.distill_spec(tmp_path / "run", teacher, train__epochs=1)
+    results = engine.distill(spec, quiet=True)
+    assert math.isclose(results["teacher"].ap, checkpoint.load_meta(teacher).metrics["ap"], abs_tol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("results", "expected"),
+    [
+        (
+            {"student": 0.5},
+            "student: AP 0.500; whether the teacher helped is not known: --compare also trains a plain student",
+        ),
+        ({"student": 0.5, "plain": 0.48}, "student: AP 0.500, +0.020 against the plain student"),
+        (
+            {"student": 0.5, "plain": 0.52},
+            "student: AP 0.500, -0.020 against the plain student: look at the shares of the gradient, train longer, or "
+            "take a better teacher",
+        ),
+    ],
+)
+def test_last_line_says_how_the_student_stands(results: dict[str, float], expected: str) -> None:
+    assert engine.verdict({name: metrics(ap) for name, ap in results.items()}) == expected
+
+
+def test_shares_of_the_gradient_are_recorded_once_per_epoch(teacher: Path, tmp_path: Path) -> None:
+    engine.distill(runs.distill_spec(tmp_path / "run", teacher), quiet=True)
+    found = [record for record in runs.records(tmp_path / "run") if record["phase"] == "gradient"]
+    assert [(record["epoch"], record["step"]) for record in found] == [(1, 1), (2, 4)]
+    for record in found:
+        shares = {key: value for key, value in record.items() if key not in ("phase", "epoch", "step")}
+        assert list(shares) == ["qfl", "giou", "dfl", "ld/main", "ld/vlr", "binary_kd/all"]
+        assert math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6)
+        assert all(share > 0 for share in shares.values())
