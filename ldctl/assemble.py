@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,6 +149,18 @@ def load_detector(path: Path) -> tuple[Detector, CheckpointMeta]:
     checkpoint.fit(loaded.tensors, shapes(detector), path)
     detector.load_state_dict(loaded.tensors)
     return detector, loaded.meta
+
+
+def check_initial_weights(models: Iterable[ModelSpec]) -> None:
+    """Load what the specs' `init` names and throw it away: hours before it is needed, if it cannot be had.
+
+    Raises:
+        MissingError: See `initialize`.
+        CheckpointError: See `initialize`.
+    """
+    for model in models:
+        if model.backbone.init != "none":
+            initialize(Detector(model, num_classes=1))
 
 
 def hire(path: Path, distill: DistillationSpec, device: torch.device) -> Teaching:

@@ -323,5 +323,5 @@ def _check_file(path: Path) -> None:
     if similar:
         hint = f"did you mean {' or '.join(similar)}?"
     else:
-        hint = f"its folder has {', '.join(names[:3])}" if names else "its folder has no weights file"
+        hint = f"its folder has {', '.join(names[:3])}" if names else "its folder has no weights file: check the path"
     raise CheckpointError(f"{path}: no such file: {hint}")

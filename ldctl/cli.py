@@ -172,6 +172,12 @@ def distill(
     student: Annotated[
         Backbone | None, typer.Option("--student", help="Backbone. [default: r50]", show_default=False)
     ] = None,
+    assistant: Annotated[
+        Backbone | None,
+        typer.Option(
+            "--assistant", help="Backbone of a detector between the two, distilled first.", show_default=False
+        ),
+    ] = None,
     preset: Preset = None,
     data: Data = None,
     output: Output = None,
@@ -199,6 +205,8 @@ def distill(
     flags = _given(
         {
             "teacher.path": str(teacher) if teacher else None,
+            "assistant.model.backbone.depth": assistant.depth if assistant else None,
+            "assistant.model.backbone.init": init if assistant else None,
             "student.backbone.depth": student.depth if student else None,
             "student.backbone.init": init,
             "data.path": data,

@@ -11,7 +11,18 @@ import torch
 from rich.console import Console
 
 from ldctl import checkpoint, distributed, toml
-from ldctl.assemble import Setting, choose_device, hire, load_detector, make_job, note, note_faults, open_data, start
+from ldctl.assemble import (
+    Setting,
+    check_initial_weights,
+    choose_device,
+    hire,
+    load_detector,
+    make_job,
+    note,
+    note_faults,
+    open_data,
+    start,
+)
 from ldctl.checkpoint import CheckpointMeta
 from ldctl.data import in_class_order, open_dataset
 from ldctl.data.check import inspect
@@ -22,7 +33,18 @@ from ldctl.metrics import evaluate as evaluate_detections
 from ldctl.models.detector import Detector, ModelSpec
 from ldctl.predict import predict
 from ldctl.run_folder import SPEC_FILE, check_output, open_folder, run_folder
-from ldctl.spec import DistillSpec, EvalSpec, ExportSpec, RunSpec, TeacherSpec, TrainSpec, load
+from ldctl.spec import (
+    AssistantSpec,
+    DistillSpec,
+    EvalSpec,
+    ExportSpec,
+    RunSpec,
+    TaughtSpec,
+    TeacherSpec,
+    TrainSpec,
+    load,
+)
+from ldctl.step import Teaching
 from ldctl.trainer import BEST_FILE, STATE_FILE, Job, Trainer
 from ldctl.types import Dataset
 
@@ -117,6 +139,8 @@ def train_teacher(spec: TeacherSpec, *, resume: bool = False, quiet: bool = Fals
     """
     device = start(spec)
     folder = check_output(spec, resume=resume)
+    if not resume:
+        check_initial_weights([spec.model])
     setting = open_data(spec.data, device, quiet=quiet)
     open_folder(spec, folder, setting.faults)
     metrics = run(make_job(spec, "teacher", folder, spec.model, setting))
@@ -126,17 +150,20 @@ def train_teacher(spec: TeacherSpec, *, resume: bool = False, quiet: bool = Fals
 
 
 def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> dict[str, Metrics]:
-    """Distil a student; before it train the teacher, where there is none, and the plain student, where asked.
+    """Distil a student; before it train the teacher, where there is none, then its assistant and the plain student.
 
     Returns:
-        The metrics of the teacher, and of the best checkpoint of `student`, and of `plain` if it was trained; those
-        two without AP per class.
+        The metrics of the teacher, and of the best checkpoint of `student`, and of `assistant` and `plain` where they
+        were asked for; all but the teacher's without AP per class.
     """
     device = start(spec)
     folder = check_output(spec, resume=resume)
     given = Path(spec.teacher.path) if spec.teacher.path else None
     if given:
         check_bins(checkpoint.load_meta(given), spec, given)  # before any data is read
+    if not resume:
+        models = (None if given else spec.teacher.model, spec.assistant and spec.assistant.model, spec.student)
+        check_initial_weights(model for model in models if model)
     setting = open_data(spec.data, device, quiet=quiet)
     spec.distill.check_classes(len(setting.train_set.classes))
     if given:
@@ -147,8 +174,12 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
     path = given or train_own_teacher(spec, folder, setting, resume=resume)
     teaching = hire(path, spec.distill, device)
     results = {"teacher": examine(teaching.teacher, path, spec, setting)}
+    if spec.assistant:
+        results["assistant"] = train_assistant(spec, spec.assistant, path, folder, setting, teaching, resume=resume)
+        teaching = hire(folder / "assistant" / BEST_FILE, spec.distill, device)
     if spec.compare:
-        results["plain"] = train_part(spec, "plain", spec.student, spec.train, folder, setting, resume=resume)
+        part = plain_part(spec, "plain", spec.student, spec.train, folder)
+        results["plain"] = train_part(part, "plain", spec.student, setting, resume=resume)
     results["student"] = run(make_job(spec, "student", folder, spec.student, setting, teaching))
     publish(spec, folder)
     print_metrics(results)
@@ -203,15 +234,37 @@ def verdict(results: Mapping[str, Metrics]) -> str:
 def train_own_teacher(spec: DistillSpec, folder: Path, setting: Setting, *, resume: bool) -> Path:
     """Train the teacher that the spec describes; return its checkpoint."""
     assert spec.teacher.model is not None, "a spec without a teacher's path has its model"
-    train_part(spec, "teacher", spec.teacher.model, spec.teacher.train, folder, setting, resume=resume)
+    part = plain_part(spec, "teacher", spec.teacher.model, spec.teacher.train, folder)
+    train_part(part, "teacher", spec.teacher.model, setting, resume=resume)
     return folder / "teacher" / BEST_FILE
 
 
-def train_part(
-    spec: DistillSpec, name: str, model: ModelSpec, train: TrainSpec, folder: Path, setting: Setting, *, resume: bool
+def train_assistant(
+    spec: DistillSpec,
+    assistant: AssistantSpec,
+    teacher: Path,
+    folder: Path,
+    setting: Setting,
+    teaching: Teaching,
+    *,
+    resume: bool,
 ) -> Metrics:
-    """Train a plain detector as part of a distillation run, in a folder below the run's."""
-    part = TeacherSpec(
+    """Distil the teacher's assistant, who will teach the student, in the same way as the student."""
+    changed = {
+        "teacher": TaughtSpec(path=str(teacher)),
+        "assistant": None,
+        "student": assistant.model,
+        "train": assistant.train or spec.train,
+        "compare": False,
+        "output": str(folder / "assistant"),
+    }
+    part = spec.model_copy(update=changed)
+    return train_part(part, "assistant", assistant.model, setting, teaching, resume=resume)
+
+
+def plain_part(spec: DistillSpec, name: str, model: ModelSpec, train: TrainSpec, folder: Path) -> TeacherSpec:
+    """Return the spec of a plain detector that is trained as part of a distillation run, in a folder below its own."""
+    return TeacherSpec(
         model=model,
         data=spec.data,
         train=train,
@@ -219,9 +272,16 @@ def train_part(
         device=spec.device,
         output=str(folder / name),
     )
-    is_begun = resume and (folder / name / SPEC_FILE).exists()
+
+
+def train_part(
+    part: RunSpec, name: str, model: ModelSpec, setting: Setting, teaching: Teaching | None = None, *, resume: bool
+) -> Metrics:
+    """Train a detector as part of a distillation run, in a folder of its own."""
+    folder = Path(part.output or "")
+    is_begun = resume and (folder / SPEC_FILE).exists()
     open_folder(part, check_output(part, resume=is_begun), ())
-    return run(make_job(part, name, folder / name, model, setting))
+    return run(make_job(part, name, folder, model, setting, teaching))
 
 
 def publish(spec: RunSpec, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The folder of a run: taken once, and continued only by the spec that it was started with."""
 
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ def check_output(spec: RunSpec, *, resume: bool) -> Path:
     """Return the folder of a run, before anything is written to it.
 
     Raises:
-        OutputError: The folder holds a run already, or something else, or no run to resume.
+        OutputError: The folder holds a run already, or something else, or no run to resume, or cannot be written.
         SpecError: The run to resume has another spec.
     """
     assert spec.output, "the caller chose a name"
@@ -46,6 +47,9 @@ def check_output(spec: RunSpec, *, resume: bool) -> Path:
         raise OutputError(f"{folder}: exists and holds something else: pass another --output")
     if target.suffix == ".safetensors" and target.exists():
         raise OutputError(f"{target}: exists already: pass another --output")
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"{folder}: cannot be written ({nearest} is read-only for you): pass another --output")
     return folder
 
 

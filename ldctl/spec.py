@@ -124,6 +124,20 @@ class TaughtSpec(Spec):
         return self
 
 
+class AssistantSpec(Spec):
+    """A detector between teacher and student in size: it learns from the one and teaches the other.
+
+    Attributes:
+        model: The detector.
+        train: How to train it; like the student, unless given.
+
+    Source: teacher assistant (AAAI 2020, arXiv:1902.03393).
+    """
+
+    model: ModelSpec = ModelSpec()
+    train: TrainSpec | None = None
+
+
 class RunSpec(Spec):
     """What every training run says.
 
@@ -157,6 +171,7 @@ class DistillSpec(RunSpec):
 
     Attributes:
         teacher: Where the teacher comes from.
+        assistant: Learns from the teacher first, by the same terms, and then teaches the student in its place.
         student: The detector to train.
         distill: What it learns from the teacher.
         compare: Also train the same student without its teacher, with the same budget and seed, and report both.
@@ -164,12 +179,18 @@ class DistillSpec(RunSpec):
 
     # nothing given is checked like an empty table, which says what is missing
     teacher: TaughtSpec = Field(default_factory=dict, validate_default=True)
+    assistant: AssistantSpec | None = None
     student: ModelSpec = ModelSpec()
     distill: DistillationSpec = DistillationSpec()
     compare: bool = False
 
     @model_validator(mode="after")
     def _check_bins(self) -> "DistillSpec":
+        if self.assistant and self.assistant.model.head.reg_max != self.student.head.reg_max:
+            raise ValueError(
+                f"assistant.model.head.reg_max is {self.assistant.model.head.reg_max}, student.head.reg_max "
+                f"{self.student.head.reg_max}: distributions over different bins cannot be compared, make them equal"
+            )
         model = self.teacher.model
         if self.teacher.path is None and model is not None and model.head.reg_max != self.student.head.reg_max:
             raise ValueError(

@@ -7,7 +7,9 @@ import pytest
 import runs
 
 from ldctl import checkpoint, engine
+from ldctl.errors import CheckpointError
 from ldctl.metrics import Metrics
+from ldctl.trainer import BEST_FILE
 
 FIGURES = ("ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 RECALLS = ("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
@@ -109,3 +111,24 @@ def test_shares_of_the_gradient_are_recorded_once_per_epoch(teacher: Path, tmp_p
         assert list(shares) == ["qfl", "giou", "dfl", "ld/main", "ld/vlr", "binary_kd/all"]
         assert math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6)
         assert all(share > 0 for share in shares.values())
+
+
+def test_an_assistant_learns_from_the_teacher_and_teaches_the_student(teacher: Path, tmp_path: Path) -> None:
+    assistant = {"model": runs.MODEL, "train": {**runs.TRAIN, "epochs": 1}}
+    spec = runs.distill_spec(tmp_path / "run", teacher, assistant=assistant, train__epochs=1)
+    results = engine.distill(spec, quiet=True)
+    assert list(results) == ["teacher", "assistant", "student"]
+    between, last = (
+        checkpoint.load_meta(tmp_path / "run" / name) for name in ("assistant/best.safetensors", BEST_FILE)
+    )
+    assert between.teacher_sha256 == checkpoint.sha256(teacher)
+    assert last.teacher_sha256 == checkpoint.sha256(tmp_path / "run/assistant/best.safetensors")
+    again = engine.distill(spec, resume=True, quiet=True)
+    assert {name: one.ap for name, one in again.items()} == {name: one.ap for name, one in results.items()}
+
+
+def test_initial_weights_are_looked_for_before_anything_is_trained(teacher: Path, tmp_path: Path) -> None:
+    spec = runs.distill_spec(tmp_path / "run", teacher, student__backbone__init=str(tmp_path / "none.pth"))
+    with pytest.raises(CheckpointError, match=r"none\.pth: no such file"):
+        engine.distill(spec, quiet=True)
+    assert not (tmp_path / "run").exists()
