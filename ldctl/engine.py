@@ -139,8 +139,6 @@ def train_teacher(spec: TeacherSpec, *, resume: bool = False, quiet: bool = Fals
     """
     device = start(spec)
     folder = check_output(spec, resume=resume)
-    if not resume:
-        check_initial_weights([spec.model])
     setting = open_data(spec.data, device, quiet=quiet)
     open_folder(spec, folder, setting.faults)
     metrics = run(make_job(spec, "teacher", folder, spec.model, setting))
@@ -161,10 +159,10 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
     given = Path(spec.teacher.path) if spec.teacher.path else None
     if given:
         check_bins(checkpoint.load_meta(given), spec, given)  # before any data is read
+    setting = open_data(spec.data, device, quiet=quiet)
     if not resume:
         models = (None if given else spec.teacher.model, spec.assistant and spec.assistant.model, spec.student)
         check_initial_weights(model for model in models if model)
-    setting = open_data(spec.data, device, quiet=quiet)
     spec.distill.check_classes(len(setting.train_set.classes))
     if given:
         meta = checkpoint.load_meta(given)

@@ -48,8 +48,10 @@ def check_output(spec: RunSpec, *, resume: bool) -> Path:
     if target.suffix == ".safetensors" and target.exists():
         raise OutputError(f"{target}: exists already: pass another --output")
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"{folder}: cannot be written ({nearest} is read-only for you): pass another --output")
+    if not nearest.is_dir():
+        raise OutputError(f"{folder}: cannot be written ({nearest.name} is a file): pass another --output")
+    if not os.access(nearest, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise OutputError(f"{folder}: cannot be written (no permission in {nearest}): pass another --output")
     return folder
 
 
