@@ -158,7 +158,7 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
     folder = check_output(spec, resume=resume)
     given = Path(spec.teacher.path) if spec.teacher.path else None
     if given:
-        check_bins(checkpoint.load_meta(given), spec, given)  # before any data is read
+        check_heads(checkpoint.load_meta(given), spec, given)  # before any data is read
     setting = open_data(spec.data, device, quiet=quiet)
     if not resume:
         models = (None if given else spec.teacher.model, spec.assistant and spec.assistant.model, spec.student)
@@ -304,19 +304,16 @@ def run(job: Job) -> Metrics:
 # --- teachers -------------------------------------------------------------------------------------------------------
 
 
-def check_bins(meta: CheckpointMeta, spec: DistillSpec, path: Path) -> None:
-    """Refuse a teacher whose edge distributions the student cannot imitate.
+def check_heads(meta: CheckpointMeta, spec: DistillSpec, path: Path) -> None:
+    """Refuse a teacher whose head the terms cannot compare with the student's.
 
     Raises:
-        SpecError: Their bins differ.
+        SpecError: See `DistillSpec.fault_of_heads`.
     """
     teacher = ModelSpec.model_validate_json(json.dumps(meta.model))
-    if teacher.head.reg_max != spec.student.head.reg_max:
-        raise SpecError(
-            f"{path}: the teacher has reg_max {teacher.head.reg_max}, the student {spec.student.head.reg_max}, and "
-            "distributions over different bins cannot be compared: pass "
-            f"--set student.head.reg_max={teacher.head.reg_max}"
-        )
+    fault = spec.fault_of_heads(teacher)
+    if fault is not None:
+        raise SpecError(f"{path}: {fault}")
 
 
 def match_classes(meta: CheckpointMeta, dataset: Dataset, path: Path) -> Dataset:

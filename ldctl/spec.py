@@ -9,13 +9,16 @@ from pydantic import Field, model_validator
 
 from ldctl import toml
 from ldctl.data import DataSpec
-from ldctl.distill import KD, LD, BinaryKD, Term
+from ldctl.distill import KD, LD, BinaryKD, CrossKDBox, CrossKDClass, Term
 from ldctl.errors import SpecError
 from ldctl.losses import LossSpec
 from ldctl.models.detector import ModelSpec, PostprocessSpec
 from ldctl.optim import EmaSpec, OptimSpec, ScheduleSpec
 from ldctl.regions import RegionSpec
 from ldctl.schema import Spec
+
+# Which terms compare which maps of student and teacher.
+COMPARED_BY = {"cls": CrossKDClass, "edge": CrossKDBox}
 
 
 class TrainSpec(Spec):
@@ -25,8 +28,8 @@ class TrainSpec(Spec):
         epochs: Passes over the training images.
         batch: Images per optimizer step, over all ranks and accumulated micro-batches.
         accumulate: Micro-batches per optimizer step; divides the batch of a rank. The class losses are divided by what
-            the whole batch holds; the box losses' divisor depends on predictions and is summed per micro-batch, and
-            `kd` averages over pairs of images of one micro-batch.
+            the whole batch holds; the box losses' divisor depends on predictions and is summed per micro-batch, `kd`
+            averages over pairs of images of one micro-batch, and the `crosskd` terms align maps over one.
         optim: Optimizer.
         schedule: Learning rate over time.
         ema: Exponential moving average of the weights, which is then evaluated and saved; none if left out.
@@ -65,11 +68,15 @@ class DistillationSpec(RegionSpec):
         normalize: `"synced"` losses do not depend on how a batch is split over ranks and equal the released code's at
             its 8 ranks of 2 images; `"reference"` keeps the sums of the released code, which grow with the images per
             rank.
+        cut: Behind which layer of the head's towers, counted from the image side in student and teacher alike, the
+            `crosskd` terms hand the student's maps to the teacher's head; 0 hands over the pyramid's. The other terms
+            have no use for it. Source: 3 of 4 was best in the CrossKD paper.
         terms: The distillation losses. The default is LD in the main region and the VLR, with class distillation of the
             sigmoids, which also works with a single class; the released code's softmax KD is in the `ld-*` presets.
     """
 
     normalize: Literal["synced", "reference"] = "synced"
+    cut: int = Field(default=3, ge=0)
     terms: tuple[Term, ...] = Field(default=(LD(), LD(region="vlr", weight=0.0625), BinaryKD()), min_length=1)
 
     @model_validator(mode="after")
@@ -80,14 +87,24 @@ class DistillationSpec(RegionSpec):
         return self
 
     @property
-    def cut(self) -> int:
-        """Return where in the heads' towers the terms want maps; 0 where none does."""
-        return 0
-
-    @property
     def compared_maps(self) -> tuple[str, ...]:
         """Return which maps of student and teacher the terms compare: `features`, `cls`, `edge`."""
-        return ()
+        return tuple(name for name, kind in COMPARED_BY.items() if any(isinstance(term, kind) for term in self.terms))
+
+    @property
+    def crossed_towers(self) -> tuple[str, ...]:
+        """Return which towers' maps go from the student to the teacher's head: `cls`, `edge`."""
+        return tuple(name for name in self.compared_maps if name in ("cls", "edge"))
+
+    @property
+    def tower_cut(self) -> int:
+        """Return where to take the towers' maps: at 0, where no term asks for them, they cost no memory."""
+        return self.cut if self.crossed_towers else 0
+
+    @property
+    def needs_equal_bins(self) -> bool:
+        """Return whether a term compares the student's own edge distributions with the teacher's."""
+        return any(isinstance(term, LD) for term in self.terms)
 
     def check_classes(self, num_classes: int) -> None:
         """Refuse a softmax over a single class, whose loss would always be zero.
@@ -185,19 +202,36 @@ class DistillSpec(RunSpec):
     compare: bool = False
 
     @model_validator(mode="after")
-    def _check_bins(self) -> "DistillSpec":
-        if self.assistant and self.assistant.model.head.reg_max != self.student.head.reg_max:
-            raise ValueError(
-                f"assistant.model.head.reg_max is {self.assistant.model.head.reg_max}, student.head.reg_max "
-                f"{self.student.head.reg_max}: distributions over different bins cannot be compared, make them equal"
-            )
-        model = self.teacher.model
-        if self.teacher.path is None and model is not None and model.head.reg_max != self.student.head.reg_max:
-            raise ValueError(
-                f"teacher.model.head.reg_max is {model.head.reg_max}, student.head.reg_max "
-                f"{self.student.head.reg_max}: distributions over different bins cannot be compared, make them equal"
-            )
+    def _check_heads(self) -> "DistillSpec":
+        fault = self.fault_of_heads(self.teacher.model if self.teacher.path is None else None)
+        if fault is not None:
+            raise ValueError(fault)
         return self
+
+    def fault_of_heads(self, teacher: ModelSpec | None) -> str | None:
+        """Return why the terms cannot compare the detectors' heads, and what to change; none where they can.
+
+        Args:
+            teacher: The first to teach; none where only its file knows, which leaves the cut unchecked.
+        """
+        models = {"teacher": teacher, "assistant": self.assistant and self.assistant.model, "student": self.student}
+        heads = {name: model.head for name, model in models.items() if model is not None}
+        first, bins = next((name, head.reg_max) for name, head in heads.items())
+        for name, head in heads.items():
+            if head.reg_max != bins and self.distill.needs_equal_bins:
+                key = "assistant.model" if name == "assistant" else name
+                return (
+                    f"the {first} has reg_max {bins}, the {name} {head.reg_max}, and distributions over different bins "
+                    f"cannot be compared: pass --set {key}.head.reg_max={bins}"
+                )
+        largest = min(head.num_convs for head in heads.values())
+        if teacher is not None and self.distill.tower_cut > largest:
+            layers = ", ".join(f"{name} {head.num_convs}" for name, head in heads.items())
+            return (
+                f"distill.cut is {self.distill.cut}, but a head's towers have fewer layers ({layers}): "
+                f"pass --set distill.cut={largest}, the largest that works"
+            )
+        return None
 
 
 class EvalSpec(Spec):
@@ -232,6 +266,15 @@ class ExportSpec(Spec):
     data: DataSpec = DataSpec()
     postprocess: PostprocessSpec = PostprocessSpec()
     images: int = Field(default=4, ge=1)
+
+    @model_validator(mode="after")
+    def _check_nms(self) -> "ExportSpec":
+        if self.postprocess.nms != "class":
+            raise ValueError(
+                f'postprocess.nms "{self.postprocess.nms}" cannot be exported: ONNX has no operator for it: '
+                "export with --set postprocess.nms=class"
+            )
+        return self
 
 
 S = TypeVar("S", bound=Spec)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldctl.assign import assign
 from ldctl.boxes import PAD_MULTIPLE, location_grid
+from ldctl.distill.crosskd import aligned_towers
 from ldctl.distributed import reduce_mean
 from ldctl.losses import LossSpec, detection_losses, normalizer
 from ldctl.models.detector import Detector
@@ -42,7 +43,7 @@ class Learner(nn.Module):
         super().__init__()
         self.detector = detector
         self.adapters = nn.ModuleDict()
-        self.cut = teaching.spec.cut if teaching else 0
+        self.cut = teaching.spec.tower_cut if teaching else 0
         if teaching:
             own, wanted = detector.spec.channels, teaching.teacher.spec.channels
             names = teaching.spec.compared_maps if own != wanted else ()
@@ -97,12 +98,26 @@ def training_losses(
     if teaching is None:
         return named
 
-    with torch.no_grad(), autocast:
-        pair = Pair(student=dense, teacher=teaching.teacher(images, teaching.spec.cut))
+    with autocast:
+        pair = compare(teaching, images, dense)
     where: dict[str, Where] = {"main": main}
     for name in sorted({term.region for term in teaching.spec.terms} - {"main"}):
         where[name] = region(name, teaching.spec, pair, assigned, batch.targets)  # synchronises, but for "all"
     return named | {term.name: term(pair, where[term.region], norm) for term in teaching.spec.terms}
+
+
+def compare(teaching: Teaching, images: Float[Tensor, "B 3 H W"], student: Dense) -> Pair:
+    """Return what the teacher says of the same images and, where a term asks, what its head makes of the student's maps.
+
+    The teacher is frozen, but cross-head predictions carry gradient through its head to the student.
+    """
+    cut, towers = teaching.spec.tower_cut, teaching.spec.crossed_towers
+    with torch.no_grad():
+        teacher: Dense = teaching.teacher(images, cut)
+    if not towers:
+        return Pair(student, teacher)
+    aligned = aligned_towers(student.towers, teacher.towers, towers)
+    return Pair(student, teacher, crossed=teaching.teacher.head.resume(aligned, cut, teacher.features))
 
 
 def gradient_shares(losses: dict[str, Float[Tensor, ""]], detector: Detector) -> Float[Tensor, " K"]:

@@ -4,8 +4,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ldctl.distill.logits import KD, LD, BinaryKD
+from ldctl.distill.crosskd import CrossKDBox, CrossKDClass
+from ldctl.distill.logits import KD, LD, BCKDBox, BinaryKD
 
-Term = Annotated[LD | KD | BinaryKD, Field(discriminator="kind")]
+Term = Annotated[LD | KD | BinaryKD | BCKDBox | CrossKDClass | CrossKDBox, Field(discriminator="kind")]
 
-__all__ = ["KD", "LD", "BinaryKD", "Term"]
+__all__ = ["KD", "LD", "BCKDBox", "BinaryKD", "CrossKDBox", "CrossKDClass", "Term"]

@@ -1,4 +1,4 @@
-"""Distillation terms on a head's outputs: LD on edge distributions, KD on classes.
+"""Distillation terms on a head's outputs: LD on edge distributions, KD on classes, BCKD on classes and boxes.
 
 Each term is one frozen object: its schema is what a run spec says, calling it gives its loss. Below each stands the
 pure function that it wraps.
@@ -12,11 +12,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from ldctl.boxes import box_giou, decode_ltrb, expected_distance
 from ldctl.distributed import gather_rows, rank, world_size
 from ldctl.schema import Spec
 from ldctl.types import Normalizer, Pair, Where
 
 REFERENCE_IMAGES = 2  # images per rank at which the published numbers were tuned
+ClassReduction = Literal["sum", "mean"]  # of a divergence over bins or classes; the word is that of CrossKD's code
 
 
 class LD(Spec):
@@ -27,12 +29,15 @@ class LD(Spec):
             weighted by IoU.
         weight: Factor. The released code's main LD is 0.25; its VLR-LD divides by 16 instead of 4, hence 0.0625.
         temperature: Softens both distributions.
+        class_reduction: `"mean"` of the divergence over bins, which the released code's weights go with, or `"sum"`, as
+            the paper writes it: stronger by the number of bins.
     """
 
     kind: Literal["ld"] = "ld"
     region: Literal["main", "vlr"] = "main"
     weight: float = Field(default=0.25, gt=0)
     temperature: float = Field(default=10.0, ge=1)
+    class_reduction: ClassReduction = "mean"
 
     @property
     def name(self) -> str:
@@ -47,28 +52,37 @@ class LD(Spec):
         """
         student = pair.student.edge.flatten(0, 1)[where.row]
         teacher = pair.teacher.edge.flatten(0, 1)[where.row]
-        total = (localization_distillation(student, teacher, self.temperature) * where.weight).sum()
+        per_row = localization_distillation(student, teacher, self.temperature, self.class_reduction)
+        total = (per_row * where.weight).sum()
         return self.weight * total / (1 if norm.kind == "reference" else where.num_images / REFERENCE_IMAGES)
 
 
 def localization_distillation(
-    student_edge: Float[Tensor, "N 4 R"], teacher_edge: Float[Tensor, "N 4 R"], temperature: float
+    student_edge: Float[Tensor, "N 4 R"],
+    teacher_edge: Float[Tensor, "N 4 R"],
+    temperature: float,
+    class_reduction: ClassReduction = "mean",
 ) -> Float[Tensor, " N"]:
     """Return `T^2 / R * KL(teacher, student)` of softened edge distributions, mean over four edges.
+
+    Args:
+        student_edge: Logits.
+        teacher_edge: Logits over the same bins.
+        temperature: At least 1.
+        class_reduction: `"sum"` leaves out the `/ R`.
 
     Returns:
         Values >= 0; zero where both distributions are equal.
 
-    Normalized by: the bins `R` and the four edges.
+    Normalized by: the bins `R` (unless summed) and the four edges.
 
     Source: LD (CVPR 2022, arXiv:2102.12252), eq. 3.
 
     Differs from the paper: it sums over bins and does not speak of `T^2`; the released code, whose weights are used
     here, averages over bins and multiplies by `T^2`.
     """
-    num_bins = student_edge.shape[-1]
     divergence = softened_kl(student_edge, teacher_edge, temperature)
-    return divergence.mean(dim=-1) * (temperature**2 / num_bins)
+    return divergence.mean(dim=-1) * divergence_factor(temperature, student_edge.shape[-1], class_reduction)
 
 
 class KD(Spec):
@@ -80,12 +94,15 @@ class KD(Spec):
         region: `"main"` (positives) or `"vlr"`; its weights are not used.
         weight: Factor.
         temperature: Softens both distributions.
+        class_reduction: `"mean"` of the divergence over classes, as in the released code, or `"sum"`: stronger by the
+            number of classes.
     """
 
     kind: Literal["kd"] = "kd"
     region: Literal["main", "vlr"] = "main"
     weight: float = Field(default=10.0, gt=0)
     temperature: float = Field(default=2.0, ge=1)
+    class_reduction: ClassReduction = "mean"
 
     @property
     def name(self) -> str:
@@ -99,21 +116,31 @@ class KD(Spec):
         """
         student = pair.student.cls.flatten(0, 1)[where.row].float()
         teacher = pair.teacher.cls.flatten(0, 1)[where.row].float()
-        per_row = class_distillation(student, teacher, self.temperature)
+        per_row = class_distillation(student, teacher, self.temperature, self.class_reduction)
         return self.weight * sum_of_level_means(per_row, where, norm)
 
 
 def class_distillation(
-    student_cls: Float[Tensor, "N C"], teacher_cls: Float[Tensor, "N C"], temperature: float
+    student_cls: Float[Tensor, "N C"],
+    teacher_cls: Float[Tensor, "N C"],
+    temperature: float,
+    class_reduction: ClassReduction = "mean",
 ) -> Float[Tensor, " N"]:
     """Return `T^2 / C * KL(teacher, student)` of softened class distributions.
 
-    Normalized by: the classes `C`, so the same weight is four times as strong on VOC's 20 classes as on COCO's 80.
+    Args:
+        student_cls: Logits.
+        teacher_cls: Logits.
+        temperature: At least 1.
+        class_reduction: `"sum"` leaves out the `/ C`.
+
+    Normalized by: the classes `C` (unless summed), so the same weight is four times as strong on VOC's 20 classes as on
+    COCO's 80.
 
     Source: LD (CVPR 2022, arXiv:2102.12252), released code.
     """
-    num_classes = student_cls.shape[-1]
-    return softened_kl(student_cls, teacher_cls, temperature) * (temperature**2 / num_classes)
+    factor = divergence_factor(temperature, student_cls.shape[-1], class_reduction)
+    return softened_kl(student_cls, teacher_cls, temperature) * factor
 
 
 def sum_of_level_means(per_row: Float[Tensor, " N"], where: Where, norm: Normalizer) -> Float[Tensor, ""]:
@@ -158,6 +185,8 @@ def pair_shares(count: Float[Tensor, "B P"]) -> Float[Tensor, "B P"]:
 class BinaryKD(Spec):
     """Class distillation of each class's sigmoid, which is what the head predicts; works with a single class.
 
+    Differs from the released code of BCKD: levels without positives count too, which the code leaves out.
+
     Attributes:
         region: `"all"` valid locations or `"main"` (positives); each counts alike, whatever its weight above 0.
         weight: Factor. Source: BCKD and CrossKD use 1.
@@ -199,6 +228,67 @@ def binary_distillation(
     distance = (target - student_cls.sigmoid()).abs()
     cross_entropy = binary_cross_entropy_with_logits(student_cls, target, reduction="none")
     return (distance.pow(beta) * cross_entropy).sum(dim=-1)
+
+
+class BCKDBox(Spec):
+    """Box distillation of BCKD: the student's boxes imitate the teacher's where their scores differ.
+
+    Compares decoded boxes, so student and teacher may have different bins.
+
+    Attributes:
+        region: `"all"` valid locations, `"main"` (positives) or `"vlr"`; the region's weights above 0 are not used, each
+            location counts by how much the scores differ.
+        weight: Factor. Source: BCKD's configuration.
+    """
+
+    kind: Literal["bckd_box"] = "bckd_box"
+    region: Literal["all", "main", "vlr"] = "all"
+    weight: float = Field(default=4.0, gt=0)
+
+    @property
+    def name(self) -> str:
+        """Return what logs call the loss."""
+        return f"bckd_box/{self.region}"
+
+    def __call__(self, pair: Pair, where: Where, norm: Normalizer) -> Float[Tensor, ""]:
+        """Return the weighted sum over the region's rows.
+
+        Normalized by: the number of positives, averaged over ranks.
+
+        Source: BCKD (ICCV 2023, arXiv:2308.14286), localization term.
+
+        Differs from the paper: GIoU instead of IoU, as in the released code. Differs from that code: levels without
+        positives count too, and a location's weight is the scores' difference alone, to which the code adds 1e-4 twice.
+        """
+        student, teacher = (
+            expected_distance(dense.edge.flatten(0, 1)[where.row]) for dense in (pair.student, pair.teacher)
+        )
+        difference = score_difference(
+            pair.student.cls.flatten(0, 1)[where.row].float(), pair.teacher.cls.flatten(0, 1)[where.row].float()
+        )
+        per_row = box_distillation(student, teacher) * difference * (where.weight > 0)
+        return self.weight * per_row.sum() / norm.num_positive
+
+
+def box_distillation(student_ltrb: Float[Tensor, "N 4"], teacher_ltrb: Float[Tensor, "N 4"]) -> Float[Tensor, " N"]:
+    """Return `1 - GIoU` of the two boxes at each location, in [0, 2]; the teacher gets no gradient."""
+    # the location itself cancels out
+    origin, one = student_ltrb.new_zeros(len(student_ltrb), 2), student_ltrb.new_ones(len(student_ltrb))
+    return 1 - box_giou(decode_ltrb(origin, student_ltrb, one), decode_ltrb(origin, teacher_ltrb.detach(), one))
+
+
+@torch.no_grad()
+def score_difference(student_cls: Float[Tensor, "N C"], teacher_cls: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
+    """Return the largest difference of a class's scores, in [0, 1]."""
+    return (teacher_cls.sigmoid() - student_cls.sigmoid()).abs().amax(dim=-1)
+
+
+def divergence_factor(temperature: float, size: int, class_reduction: ClassReduction) -> float:
+    """Return what turns a summed divergence of softened distributions over `size` bins or classes into a loss.
+
+    `T^2` keeps the gradient's size whatever the temperature.
+    """
+    return temperature**2 / (size if class_reduction == "mean" else 1)
 
 
 def softened_kl(

@@ -1,5 +1,7 @@
 """The detector: images to predictions at every location, and those to final boxes."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float, Int, UInt8
 from pydantic import Field
@@ -10,6 +12,7 @@ from ldctl.boxes import decode_ltrb, expected_distance
 from ldctl.models.backbone import ResNet, ResNetSpec, initialize_backbone
 from ldctl.models.fpn import FPN
 from ldctl.models.heads import NORM_GROUPS, GFLHead, GFLHeadSpec
+from ldctl.models.nms import voting_cluster_diou_nms
 from ldctl.schema import Spec
 from ldctl.types import Dense, Detections, Locations
 
@@ -38,6 +41,8 @@ class PostprocessSpec(Spec):
 
     Attributes:
         score_threshold: A class of a location counts above this score only.
+        nms: `"class"` suppresses by IoU. `"voting_cluster_diou"` suppresses by IoU less a penalty for distant centres,
+            and lets a box be moved by those it suppresses (see `nms.py`); not for export.
         nms_iou: Of two boxes of one class that overlap more than this, the better stays.
         candidates_per_level: Best pairs of location and class that a pyramid level may bring.
         max_detections: Most boxes of an image.
@@ -46,6 +51,7 @@ class PostprocessSpec(Spec):
     """
 
     score_threshold: float = Field(default=0.05, ge=0, lt=1)
+    nms: Literal["class", "voting_cluster_diou"] = "class"
     nms_iou: float = Field(default=0.6, gt=0, le=1)
     candidates_per_level: int = Field(default=1000, ge=1)
     max_detections: int = Field(default=100, ge=1)
@@ -153,6 +159,8 @@ def detect_image(
     xyxy = torch.minimum(xyxy.clamp(min=0), limit_wh) / scale_wh
     has_extent = (xyxy[:, 2:] > xyxy[:, :2]).all(dim=1)
     xyxy, score, label = xyxy[has_extent], score[has_extent], label[has_extent]
+    if spec.nms == "voting_cluster_diou":
+        return voting_cluster_diou_nms(xyxy, score, label, threshold=spec.nms_iou, limit=spec.max_detections)
     keep = batched_nms(xyxy, score, label, spec.nms_iou)[: spec.max_detections]
     return xyxy[keep], score[keep], label[keep]
 
