@@ -107,7 +107,7 @@ def training_losses(
 
 
 def compare(teaching: Teaching, images: Float[Tensor, "B 3 H W"], student: Dense) -> Pair:
-    """Return what the teacher says of the same images and, where a term asks, what its head makes of the student's maps.
+    """Return what the teacher says of the same images; if a term asks, also what its head makes of the student's maps.
 
     The teacher is frozen, but cross-head predictions carry gradient through its head to the student.
     """

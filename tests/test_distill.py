@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ldctl.assign import assign
-from ldctl.distill import KD, LD, BinaryKD, Term
+from ldctl.boxes import box_giou, decode_ltrb
+from ldctl.distill import KD, LD, BCKDBox, BinaryKD, Term
 from ldctl.distill.logits import (
     binary_distillation,
+    box_distillation,
     class_distillation,
     localization_distillation,
+    score_difference,
     softened_kl,
     sum_of_level_means,
 )
@@ -29,7 +32,10 @@ BINS = torch.arange(17, dtype=torch.float64)
 STUDENT_EDGE, TEACHER_EDGE = 0.1 * BINS, -((BINS - 5) ** 2) / 8
 STUDENT_CLS = torch.tensor([[-2.0, 0.5, 1.0]], dtype=torch.float64)
 TEACHER_CLS = torch.tensor([[-1.0, 2.0, 0.0]], dtype=torch.float64)
-TERMS = (LD(), LD(region="vlr", weight=0.0625), KD(), KD(region="vlr"), BinaryKD(), BinaryKD(region="main"))
+TERMS = (
+    LD(), LD(region="vlr", weight=0.0625), KD(), KD(region="vlr"), BinaryKD(), BinaryKD(region="main"),
+    BCKDBox(), BCKDBox(region="main"), BCKDBox(region="vlr"),
+)  # fmt: skip
 NAMES = [term.name for term in TERMS]
 
 
@@ -40,6 +46,11 @@ def normal(*shape: int, seed: int) -> Tensor:
 def edges(logits: Tensor) -> Tensor:
     """Return one location whose four edges are the same."""
     return logits.expand(1, 4, -1)
+
+
+def read_by(term: Term, dense: Dense) -> Tensor:
+    """Return what gets the gradient of a term."""
+    return dense.edge if isinstance(term, LD | BCKDBox) else dense.cls
 
 
 class Scene:
@@ -122,7 +133,11 @@ def test_zero_exactly_where_student_equals_teacher() -> None:
     found = localization_distillation(student, teacher, 10.0)
     assert (found > 1e-9).tolist() == [False, False, True, False, False, False]
     assert (localization_distillation(student, normal(6, 4, 17, seed=6), 1.0) > 0).all()
+    ltrb = normal(6, 4, seed=8).abs()
+    assert not box_distillation(ltrb, ltrb.clone()).any()
+    assert (box_distillation(ltrb, ltrb + torch.tensor([0.0, 0.0, 1e-3, 0.0])) > 1e-6).all()
     cls = normal(6, 7, seed=7)
+    assert not score_difference(cls, cls.clone()).any()
     assert not binary_distillation(cls, cls.clone(), 1.0).any()
     assert class_distillation(cls, cls + 3.0, 2.0).abs().max() < 1e-12
     assert (binary_distillation(cls, cls + 3.0, 1.0) > 0).all()  # a sigmoid does see the shift
@@ -147,6 +162,8 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(lambda x: class_distillation(x, teacher_cls, 2.0), (cls,))
     for beta in (1.0, 2.0):
         assert torch.autograd.gradcheck(lambda x, b=beta: binary_distillation(x, teacher_cls, b), (cls,))
+    ltrb, teacher_ltrb = (normal(5, 4, seed=seed).abs() + 0.5 for seed in (14, 15))
+    assert torch.autograd.gradcheck(lambda x: box_distillation(x, teacher_ltrb), (ltrb.requires_grad_(),))
 
 
 def test_gradient_of_localization_distillation_is_the_difference_of_distributions() -> None:
@@ -166,7 +183,10 @@ def test_no_gradient_into_the_teacher(term: Term, kind: str) -> None:
     loss.backward()
     assert scene.pair.teacher.edge.grad is None
     assert scene.pair.teacher.cls.grad is None
-    leaf = scene.pair.student.edge if isinstance(term, LD) else scene.pair.student.cls
+    leaf = read_by(term, scene.pair.student)
+    assert [name for name in ("cls", "edge") if getattr(scene.pair.student, name).grad is not None] == [
+        "edge" if leaf is scene.pair.student.edge else "cls"
+    ]
     rows = leaf.grad.flatten(0, 1).flatten(1).any(dim=1).nonzero()[:, 0]
     where = scene.regions[term.region]
     assert torch.equal(rows, torch.arange(leaf.shape[0] * leaf.shape[1])[where.row][where.weight > 0])
@@ -181,9 +201,63 @@ def test_an_empty_region_is_zero_and_reaches_the_student(term: Term, kind: str) 
     loss = term(scene.pair, empty, scene.norm(kind))
     assert loss.item() == 0.0
     loss.backward()
-    leaf = scene.pair.student.edge if isinstance(term, LD) else scene.pair.student.cls
+    leaf = read_by(term, scene.pair.student)
     assert leaf.grad is not None
     assert not leaf.grad.any()
+
+
+def test_box_distillation_by_hand() -> None:
+    # of width 4 and height 4, and the same shifted by 2 to the right: they share 8 of 24, inside of 24
+    student, teacher = torch.tensor([[1.0, 2.0, 3.0, 2.0]]), torch.tensor([[-1.0, 2.0, 5.0, 2.0]])
+    assert box_distillation(student, teacher).tolist() == pytest.approx([1 - 8 / 24])
+    # a corner apart: 4 of 28 shared, 8 of the enclosing 36 are neither's
+    teacher = torch.tensor([[-1.0, 0.0, 5.0, 4.0]])
+    assert box_distillation(student, teacher).tolist() == pytest.approx([1 - (4 / 28 - 8 / 36)])
+    scores = torch.tensor([[0.5, 0.9, 0.1], [0.2, 0.2, 0.2]]), torch.tensor([[0.6, 0.7, 0.35], [0.2, 0.1, 0.2]])
+    assert score_difference(*(score.logit() for score in scores)).tolist() == pytest.approx([0.25, 0.1])
+
+
+def test_box_distillation_written_out() -> None:
+    """Boxes in pixels where they lie, decoded by a loop over bins, in double precision."""
+    scene = Scene.random(num_images=3, seed=2)
+    num_positive = scene.assigned.is_positive.sum(dim=1).clamp(min=1).sum().item()
+    count = len(scene.pair.student.locations.level)
+    for term in TERMS[6:]:
+        where = scene.regions[term.region]
+        total = 0.0
+        for row in torch.arange(3 * count)[where.row][where.weight > 0].tolist():
+            image, a = divmod(row, count)
+            boxes, scores = [], []
+            for dense in (scene.pair.student, scene.pair.teacher):
+                p = dense.edge[image, a].double().softmax(dim=-1)
+                ltrb = torch.stack([sum(k * p[side, k] for k in range(17)) for side in range(4)])
+                locations = dense.locations
+                boxes.append(decode_ltrb(locations.xy[a].double(), ltrb, locations.stride[a].double()))
+                scores.append(dense.cls[image, a].double().sigmoid())
+            total += ((1 - box_giou(*boxes)) * (scores[0] - scores[1]).abs().max()).item()
+        assert scene.loss(term, "synced").item() == pytest.approx(4 * total / num_positive, rel=1e-4)
+
+
+def test_box_distillation_between_different_bins() -> None:
+    """A teacher of finer bins that says the same boxes with the same scores teaches nothing, one of others does."""
+    scene = Scene.random()
+    student = scene.pair.student
+    wide = torch.nn.functional.pad(student.edge.detach(), (0, 8), value=-torch.inf)
+    for term in TERMS[6:]:
+        teacher = replace(student, cls=scene.pair.teacher.cls, edge=wide)
+        loss = term(Pair(student, teacher), scene.regions[term.region], scene.norm("synced"))
+        assert loss.item() == pytest.approx(0.0, abs=1e-5)
+        teacher = replace(teacher, edge=wide.roll(1, dims=-1))
+        assert term(Pair(student, teacher), scene.regions[term.region], scene.norm("synced")) > 0.1
+
+
+@pytest.mark.parametrize(("term", "size"), [(LD(), 17), (LD(region="vlr"), 17), (KD(), CLASSES), (KD(region="vlr"), 5)])
+@pytest.mark.parametrize("kind", ["synced", "reference"])
+def test_sum_over_bins_or_classes(term: LD | KD, size: int, kind: str) -> None:
+    scene = Scene.random()
+    assert term.class_reduction == "mean"
+    summed = scene.loss(term.model_copy(update={"class_reduction": "sum"}), kind)
+    assert_close(summed, size * scene.loss(term, kind), rtol=1e-6, atol=0)
 
 
 def test_one_class() -> None:
@@ -294,12 +368,17 @@ def test_union_of_terms() -> None:
     union = TypeAdapter(Term)
     assert union.validate_python({"kind": "ld", "region": "vlr", "weight": 0.0625}) == TERMS[1]
     assert [union.validate_python(term.model_dump()) for term in TERMS] == list(TERMS)
-    assert NAMES == ["ld/main", "ld/vlr", "kd/main", "kd/vlr", "binary_kd/all", "binary_kd/main"]
+    assert NAMES == [
+        "ld/main", "ld/vlr", "kd/main", "kd/vlr", "binary_kd/all", "binary_kd/main",
+        "bckd_box/all", "bckd_box/main", "bckd_box/vlr",
+    ]  # fmt: skip
     for faulty in (
         {"kind": "ld", "weight": 0.0},
         {"kind": "ld", "temperature": 0.5},
         {"kind": "mse"},
         {"kind": "kd", "T": 2.0},
+        {"kind": "kd", "class_reduction": "none"},
+        {"kind": "bckd_box", "region": "vrl"},
     ):
         with pytest.raises(ValidationError):
             union.validate_python(faulty)

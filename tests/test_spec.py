@@ -98,8 +98,8 @@ def test_defaults_are_the_references_configuration(shared: Path, deviations: Dev
         ),
         (
             "distill.terms.0.kind=pkd",
-            "--set distill.terms.0.kind=pkd: distill.terms.0.kind: expected 'ld', 'kd' or 'binary_kd', given \"pkd\"; "
-            "did you mean 'kd'?",
+            "--set distill.terms.0.kind=pkd: distill.terms.0.kind: expected 'ld', 'kd', 'binary_kd', 'bckd_box', "
+            "'crosskd_cls' or 'crosskd_box', given \"pkd\"; did you mean 'kd'?",
         ),
         (
             "student.backbone.depth=19",

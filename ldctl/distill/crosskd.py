@@ -1,8 +1,8 @@
 """CrossKD: the teacher's own head judges what is inside the student's head.
 
-The student's tower maps, aligned to the teacher's, go on through the rest of the teacher's frozen head; these cross-head
-predictions imitate the teacher's. The student's own predictions are left to the detection losses, so the two do not pull
-them in different directions.
+The student's tower maps, aligned to the teacher's, go on through the rest of the teacher's frozen head; these
+cross-head predictions imitate the teacher's. The student's own predictions are left to the detection losses, so the two
+do not pull them in different directions.
 
 Source: CrossKD (CVPR 2024, arXiv:2306.11369).
 """

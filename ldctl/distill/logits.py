@@ -236,8 +236,8 @@ class BCKDBox(Spec):
     Compares decoded boxes, so student and teacher may have different bins.
 
     Attributes:
-        region: `"all"` valid locations, `"main"` (positives) or `"vlr"`; the region's weights above 0 are not used, each
-            location counts by how much the scores differ.
+        region: `"all"` valid locations, `"main"` (positives) or `"vlr"`; a location counts by how much its scores
+            differ, whatever its weight above 0.
         weight: Factor. Source: BCKD's configuration.
     """
 

@@ -42,7 +42,7 @@ class PostprocessSpec(Spec):
     Attributes:
         score_threshold: A class of a location counts above this score only.
         nms: `"class"` suppresses by IoU. `"voting_cluster_diou"` suppresses by IoU less a penalty for distant centres,
-            and lets a box be moved by those it suppresses (see `nms.py`); not for export.
+            and lets a box be moved by close ones of lower scores (see `nms.py`); not for export.
         nms_iou: Of two boxes of one class that overlap more than this, the better stays.
         candidates_per_level: Best pairs of location and class that a pyramid level may bring.
         max_detections: Most boxes of an image.

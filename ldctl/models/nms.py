@@ -68,9 +68,7 @@ def cluster_nms(overlap: Float[Tensor, "N N"], threshold: float) -> Bool[Tensor,
         keep = settled
 
 
-def vote(
-    xyxy: Float[Tensor, "N 4"], score: Float[Tensor, " N"], overlap: Float[Tensor, "M N"]
-) -> Float[Tensor, "M 4"]:
+def vote(xyxy: Float[Tensor, "N 4"], score: Float[Tensor, " N"], overlap: Float[Tensor, "M N"]) -> Float[Tensor, "M 4"]:
     """Return the means of the boxes, weighted by `score * exp(-(1 - overlap)^2 / 0.025)` where the overlap is large.
 
     Args:
