@@ -285,6 +285,19 @@ def test_a_teacher_of_other_bins(ldctl: Callable[[str], Ran], teacher: Path, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_a_cut_beyond_the_teachers_head(ldctl: Callable[[str], Ran], teacher: Path, tmp_path: Path) -> None:
+    """Before any data is read: there is none."""
+    deep = STUDENT.replace("num_convs=1", "num_convs=4")
+    terms = """--set 'distill.terms=[{kind="crosskd_cls"}]'"""
+    ran = ldctl(f"distill --teacher {teacher} --data none {deep} {terms} -o run")
+    assert (ran.code, ran.err) == (
+        3,
+        f"error: {teacher}: distill.cut is 3, but the towers of the student's head have 4 layers, those of the "
+        "teacher's 1: pass --set distill.cut=1, the largest that works\n",
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def small_coco(root: Path, classes: int = 2) -> Path:
     """A data set in COCO form, six images of 64 x 48 in each split, as a user may bring."""
     document = coco_document(6)

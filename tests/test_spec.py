@@ -121,6 +121,29 @@ def test_softmax_over_one_class_is_refused() -> None:
         both.check_classes(1)
 
 
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        (
+            "student.head.reg_max=8",
+            "the teacher has reg_max 16, the student 8, and distributions over different bins cannot be compared: "
+            "pass --set student.head.reg_max=16",
+        ),
+        (
+            'distill={cut=4,terms=[{kind="crosskd_box"}]}',
+            "distill.cut is 4, but the towers of the student's head have 2 layers, those of the teacher's 4: "
+            "pass --set distill.cut=2, the largest that works",
+        ),
+    ],
+)
+def test_heads_that_cannot_be_compared(assignment: str, message: str) -> None:
+    heads = ["teacher.model.backbone.depth=50", "student.head.num_convs=2"]
+    assert spec.load(DistillSpec, None, {}, heads).distill == DistillationSpec()
+    with pytest.raises(SpecError) as caught:
+        spec.load(DistillSpec, None, {}, [*heads, assignment])
+    assert str(caught.value) == message
+
+
 def test_a_teacher_comes_from_somewhere() -> None:
     message = "^teacher: no teacher: pass --teacher FILE, or say in [teacher.model] what to train first$"
     with pytest.raises(SpecError, match=re.escape(message[1:-1])):
