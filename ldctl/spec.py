@@ -214,7 +214,8 @@ class DistillSpec(RunSpec):
         Args:
             teacher: The first to teach; none where only its file knows, which leaves the cut unchecked.
         """
-        models = {"teacher": teacher, "assistant": self.assistant and self.assistant.model, "student": self.student}
+        assistant = self.assistant.model if self.assistant else None
+        models = {"teacher": teacher, "assistant": assistant, "student": self.student}
         heads = {name: model.head for name, model in models.items() if model is not None}
         first, bins = next((name, head.reg_max) for name, head in heads.items())
         for name, head in heads.items():

@@ -292,8 +292,8 @@ def test_a_cut_beyond_the_teachers_head(ldctl: Callable[[str], Ran], teacher: Pa
     ran = ldctl(f"distill --teacher {teacher} --data none {deep} {terms} -o run")
     assert (ran.code, ran.err) == (
         3,
-        f"error: {teacher}: distill.cut is 3, but the towers of the student's head have 4 layers, those of the "
-        "teacher's 1: pass --set distill.cut=1, the largest that works\n",
+        f"error: {teacher}: distill.cut is 3, but a head's towers have fewer layers (teacher 1, student 4): pass "
+        "--set distill.cut=1, the largest that works\n",
     )
     assert not (tmp_path / "run").exists()
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from scenes import grid, on_ranks, random_dense, random_targets
 from torch import Tensor
 from torch.nn.functional import conv2d, group_norm
@@ -16,7 +17,7 @@ from ldctl.distill.crosskd import align
 from ldctl.losses import LossSpec, normalizer
 from ldctl.models import Detector, GFLHeadSpec, ModelSpec, ResNetSpec
 from ldctl.regions import all_region, main_region
-from ldctl.spec import DistillationSpec
+from ldctl.spec import AssistantSpec, DistillationSpec, DistillSpec, TaughtSpec
 from ldctl.step import Learner, Teaching, compare, training_losses
 from ldctl.types import Batch, Dense, Normalizer, Pair, Where
 
@@ -366,21 +367,46 @@ def test_autocast() -> None:
 # --- what cannot be compared ----------------------------------------------------------------------------------------
 
 
-def test_cuts_and_bins_that_fit() -> None:
-    specs = {count: ModelSpec(head=GFLHeadSpec(num_convs=count)) for count in (2, 4)}
-    bins = ModelSpec(head=GFLHeadSpec(reg_max=8))
+def fault(teacher: ModelSpec | None, student: ModelSpec, *terms: Term, cut: int = 3, **rest: AssistantSpec) -> str:
+    """Return what a spec says of its heads; nothing where they fit."""
+    distill = DistillationSpec(terms=terms, cut=cut)
+    try:
+        spec = DistillSpec(teacher=TaughtSpec(path="x", model=teacher), student=student, distill=distill, **rest)
+    except ValidationError as error:
+        return error.errors()[0]["msg"].removeprefix("Value error, ")
+    return spec.fault_of_heads(teacher) or ""
+
+
+def test_cuts_that_fit() -> None:
+    four, two = ModelSpec(), ModelSpec(head=GFLHeadSpec(num_convs=2))
     assert DistillationSpec().cut == 3
-    for student, teacher in itertools.product(specs.values(), repeat=2):
-        assert DistillationSpec(terms=CROSS, cut=2).fault_of_heads(student, teacher) is None
-        assert DistillationSpec(terms=(LD(),), cut=9).fault_of_heads(student, teacher) is None  # no use for a cut
-    assert DistillationSpec(terms=CROSS, cut=4).fault_of_heads(specs[4], specs[4]) is None
+    for teacher, student in itertools.product((four, two), repeat=2):
+        assert fault(teacher, student, *CROSS, cut=2) == ""
+        assert fault(teacher, student, LD(), BCKDBox(), cut=9) == ""  # no use for a cut
+    assert fault(four, four, *CROSS, cut=4) == ""
+    assert fault(None, two, *CROSS) == ""  # known when the teacher's file is
     for term in CROSS:
-        assert DistillationSpec(terms=(LD(), term)).fault_of_heads(specs[2], specs[4]) == (
-            "distill.cut is 3, but the towers of the student's head have 2 layers, those of the teacher's 4: "
-            "pass --set distill.cut=2, the largest that works"
+        advice = "pass --set distill.cut=2, the largest that works"
+        assert fault(four, two, LD(), term) == (
+            f"distill.cut is 3, but a head's towers have fewer layers (teacher 4, student 2): {advice}"
         )
-    assert DistillationSpec(terms=(*CROSS, BCKDBox(), KD())).fault_of_heads(bins, ModelSpec()) is None
-    assert DistillationSpec(terms=(*CROSS, LD())).fault_of_heads(bins, ModelSpec()) == (
-        "the teacher has reg_max 16, the student 8, and distributions over different bins cannot be compared: "
-        "pass --set student.head.reg_max=16"
+        assert fault(four, four, term, assistant=AssistantSpec(model=two)) == (
+            f"distill.cut is 3, but a head's towers have fewer layers (teacher 4, assistant 2, student 4): {advice}"
+        )
+
+
+def test_bins_that_fit() -> None:
+    many, few = ModelSpec(), ModelSpec(head=GFLHeadSpec(reg_max=8))
+    advice = "and distributions over different bins cannot be compared: pass --set"
+    assert fault(many, few, *CROSS, BCKDBox(), BCKDBox(region="vlr"), BinaryKD(), KD()) == ""
+    assert fault(many, few, *CROSS, LD()) == (
+        f"the teacher has reg_max 16, the student 8, {advice} student.head.reg_max=16"
+    )
+    assert fault(many, many, LD(), assistant=AssistantSpec(model=few)) == (
+        f"the assistant has reg_max 8, the student 16, {advice} student.head.reg_max=8"
+    )
+    small = AssistantSpec(model=few)
+    spec = DistillSpec(teacher=TaughtSpec(path="x"), assistant=small, student=few)
+    assert spec.fault_of_heads(many) == (
+        f"the teacher has reg_max 16, the assistant 8, {advice} assistant.model.head.reg_max=16"
     )

@@ -131,7 +131,7 @@ def test_softmax_over_one_class_is_refused() -> None:
         ),
         (
             'distill={cut=4,terms=[{kind="crosskd_box"}]}',
-            "distill.cut is 4, but the towers of the student's head have 2 layers, those of the teacher's 4: "
+            "distill.cut is 4, but a head's towers have fewer layers (teacher 4, student 2): "
             "pass --set distill.cut=2, the largest that works",
         ),
     ],
