@@ -67,7 +67,7 @@ class DistillationSpec(RegionSpec):
     Attributes:
         normalize: `"synced"` losses do not depend on how a batch is split over ranks and equal the released code's at
             its 8 ranks of 2 images; `"reference"` keeps the sums of the released code, which grow with the images per
-            rank.
+            rank. Either way the `crosskd` terms align a rank's maps by that rank's own images, as their code does.
         cut: Behind which layer of the head's towers, counted from the image side in student and teacher alike, the
             `crosskd` terms hand the student's maps to the teacher's head; 0 hands over the pyramid's. The other terms
             have no use for it. Source: 3 of 4 was best in the CrossKD paper.
@@ -98,7 +98,7 @@ class DistillationSpec(RegionSpec):
 
     @property
     def tower_cut(self) -> int:
-        """Return where to take the towers' maps: at 0, where no term asks for them, they cost no memory."""
+        """Return where to take the towers' maps; 0 if no term asks for them, for there they cost no memory."""
         return self.cut if self.crossed_towers else 0
 
     @property
