@@ -6,13 +6,28 @@ import torch
 from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
+from torchvision.ops import batched_nms
 
-from ldctl.boxes import EPS, box_area, center_penalty, intersection, prior_boxes
+from ldctl.boxes import (
+    EPS,
+    box_area,
+    box_iou,
+    center_penalty,
+    decode_ltrb,
+    expected_distance,
+    intersection,
+    prior_boxes,
+)
 from ldctl.schema import Spec
 from ldctl.types import Assigned, Locations, Pair, Targets, Where
 
-Region = Literal["main", "vlr", "all"]
+Region = Literal["main", "vlr", "all", "inside_gt", "outside_gt", "finegrained", "gi"]
 VlrKind = Literal["diou", "reference"]
+FINE_GRAINED_SHARE = 0.5  # of an object's best IoU. Source: Fine-Grained imitation (CVPR 2019, arXiv:1906.03609)
+# General instances. Source: GI imitation (CVPR 2021, arXiv:2103.02340)
+GI_NMS_IOU = 0.3
+NUM_GI = 10  # per image
+GI_CANDIDATES = 1000  # best of an image that suppression looks at; hundreds of thousands would not change its first ten
 
 
 class RegionSpec(Spec):
@@ -47,6 +62,13 @@ def region(name: Region, spec: RegionSpec, pair: Pair, assigned: Assigned, targe
             return vlr_region(spec, assigned, targets, locations)
         case "all":
             return all_region(assigned, locations)
+        case "inside_gt" | "outside_gt":
+            is_inside = inside_objects(locations, targets)
+            return masked(is_inside if name == "inside_gt" else ~is_inside, assigned, locations)
+        case "finegrained":
+            return masked(fine_grained(locations, assigned, targets), assigned, locations)
+        case "gi":
+            return masked(general_instances(pair, assigned), assigned, locations)
 
 
 @torch.no_grad()
@@ -121,6 +143,64 @@ def vlr_weights(
     lower = (gamma * threshold)[:, None]
     in_band = (lower <= overlap) & (overlap < threshold[:, None])
     return iou.where(in_band, 0.0).amax(dim=-1)
+
+
+@torch.no_grad()
+def inside_objects(locations: Locations, targets: Targets) -> Bool[Tensor, "B A"]:
+    """Tell which locations lie inside an object's box, its border left out."""
+    xy = locations.xy[None, :, None]
+    is_right_below = (xy > targets.gt_xyxy[:, None, :, :2]).all(dim=-1)
+    is_left_above = (xy < targets.gt_xyxy[:, None, :, 2:]).all(dim=-1)
+    return (is_right_below & is_left_above & targets.is_object[:, None]).any(dim=-1)
+
+
+@torch.no_grad()
+def fine_grained(locations: Locations, assigned: Assigned, targets: Targets) -> Bool[Tensor, "B A"]:
+    """Tell which prior boxes overlap an object more than half as well as the best of all does.
+
+    Source: Fine-Grained imitation (CVPR 2019, arXiv:1906.03609).
+    """
+    iou = box_iou(prior_boxes(locations)[None, :, None], targets.gt_xyxy[:, None])
+    iou = iou.where(assigned.is_valid[..., None] & targets.is_object[:, None], 0.0)
+    if iou.shape[-1] == 0:
+        return torch.zeros_like(assigned.is_valid)
+    return (iou > FINE_GRAINED_SHARE * iou.amax(dim=1, keepdim=True)).any(dim=-1)
+
+
+@torch.no_grad()
+def general_instances(pair: Pair, assigned: Assigned) -> Bool[Tensor, "B A"]:
+    """Tell where student and teacher disagree most: the best ten locations of each image, one for each box.
+
+    A location's score is the largest difference of a class score; its box is that of the detector that is surer of
+    this class. Non-maximum suppression keeps the best location of those that mean one box.
+
+    Source: GI imitation (CVPR 2021, arXiv:2103.02340).
+
+    Differs from the released LD code: that takes ten per level of the whole batch, whose images suppress one another.
+    """
+    locations = pair.student.locations
+    student, teacher = pair.student.cls.float().sigmoid(), pair.teacher.cls.float().sigmoid()
+    gap, label = (student - teacher).abs().max(dim=-1)
+    is_student_surer = (student > teacher).gather(-1, label[..., None])
+    best = gap.where(assigned.is_valid, -1.0).topk(min(GI_CANDIDATES, gap.shape[1]))
+    row = best.indices[..., None, None].expand(-1, -1, *pair.student.edge.shape[2:])
+    ltrb = [expected_distance(dense.edge.gather(1, row)) for dense in (pair.student, pair.teacher)]
+    ltrb_surer = ltrb[0].where(is_student_surer.gather(1, best.indices[..., None]), ltrb[1])
+    xyxy = decode_ltrb(locations.xy[best.indices], ltrb_surer, locations.stride[best.indices])
+    num_images = len(gap)
+    image = torch.arange(num_images, device=gap.device).repeat_interleave(best.indices.shape[1])
+    kept = batched_nms(xyxy.flatten(0, 1), best.values.flatten(), image, GI_NMS_IOU)  # best first; synchronises
+    is_of = image[kept, None] == torch.arange(num_images, device=gap.device)
+    is_first = ((is_of.cumsum(dim=0) <= NUM_GI) & is_of).any(dim=1) & (best.values.flatten()[kept] >= 0)
+    kept = kept[is_first]
+    mask = torch.zeros_like(assigned.is_valid)
+    mask[image[kept], best.indices.flatten()[kept]] = True
+    return mask
+
+
+def masked(mask: Bool[Tensor, "B A"], assigned: Assigned, locations: Locations) -> Where:
+    """Select the valid locations of a mask, each with weight 1."""
+    return select(mask & assigned.is_valid, torch.ones_like(mask, dtype=torch.float32), locations)
 
 
 def select(mask: Bool[Tensor, "B A"], weight: Float[Tensor, "B A"], locations: Locations) -> Where:

@@ -9,16 +9,13 @@ from pydantic import Field, model_validator
 
 from ldctl import toml
 from ldctl.data import DataSpec
-from ldctl.distill import KD, LD, BinaryKD, CrossKDBox, CrossKDClass, Term
+from ldctl.distill import CWD, KD, LD, PKD, BinaryKD, CrossKDBox, CrossKDClass, Imitation, Term
 from ldctl.errors import SpecError
 from ldctl.losses import LossSpec
 from ldctl.models.detector import ModelSpec, PostprocessSpec
 from ldctl.optim import EmaSpec, OptimSpec, ScheduleSpec
 from ldctl.regions import RegionSpec
 from ldctl.schema import Spec
-
-# Which terms compare which maps of student and teacher.
-COMPARED_BY = {"cls": CrossKDClass, "edge": CrossKDBox}
 
 
 class TrainSpec(Spec):
@@ -89,7 +86,15 @@ class DistillationSpec(RegionSpec):
     @property
     def compared_maps(self) -> tuple[str, ...]:
         """Return which maps of student and teacher the terms compare: `features`, `cls`, `edge`."""
-        return tuple(name for name, kind in COMPARED_BY.items() if any(isinstance(term, kind) for term in self.terms))
+        is_compared = {
+            "features": any(
+                isinstance(term, Imitation | PKD) or (isinstance(term, CWD) and term.on == "features")
+                for term in self.terms
+            ),
+            "cls": any(isinstance(term, CrossKDClass) for term in self.terms),
+            "edge": any(isinstance(term, CrossKDBox) for term in self.terms),
+        }
+        return tuple(name for name, is_wanted in is_compared.items() if is_wanted)
 
     @property
     def crossed_towers(self) -> tuple[str, ...]:

@@ -59,7 +59,8 @@ def random_dense(locations: Locations, num_images: int, num_classes: int, seed: 
 def images_of(batch: Targets | Dense, images: slice | list[int]) -> Targets | Dense:
     """Return the given images of a batch."""
     if isinstance(batch, Dense):
-        return replace(batch, cls=batch.cls[images], edge=batch.edge[images])
+        features = tuple(each[images] for each in batch.features)
+        return replace(batch, cls=batch.cls[images], edge=batch.edge[images], features=features)
     return Targets(batch.gt_xyxy[images], batch.gt_label[images], batch.is_object[images])
 
 

@@ -16,9 +16,9 @@ from torch.testing import assert_close
 
 from ldctl.assign import assign
 from ldctl.boxes import location_grid, prior_boxes
-from ldctl.distill import KD, LD
+from ldctl.distill import KD, LD, Imitation
 from ldctl.losses import LossSpec, detection_losses, normalizer
-from ldctl.regions import RegionSpec, main_region, vlr_region
+from ldctl.regions import RegionSpec, main_region, region, vlr_region
 from ldctl.types import Assigned, Dense, Locations, Normalizer, Pair, Targets, Where
 
 TESTS = Path(__file__).parent
@@ -44,8 +44,8 @@ KINDS = {
     "gflv2_": (2, "later: no GFLv2 head yet"),
     "fork_keys_gflv2_head": (1, "later: no GFLv2 head yet"),
 }
-# Arrays of the loss files that nothing here computes: CIoU, feature imitation, crowds (mmdet takes no notice of them).
-NOT_COVERED = ("loss_bbox_ciou", "loss_im_", "im_region_", "in/feat.", "in/t_feat.", "gt_bboxes_ignore", "img_shapes")
+# Arrays of the loss files that nothing here computes: CIoU, crowds (mmdet takes no notice of them).
+NOT_COVERED = ("loss_bbox_ciou", "gt_bboxes_ignore", "img_shapes")
 
 
 @dataclass
@@ -87,20 +87,20 @@ class Case:
 
     @cached_property
     def student(self) -> Dense:
-        return self.dense(self.leaves["cls_score"], self.leaves["bbox_pred"])
+        return self.dense(self.leaves["cls_score"], self.leaves["bbox_pred"], self.inputs("feat"))
 
     @cached_property
     def teacher(self) -> Dense:
-        return self.dense(self.inputs("t_cls_score"), self.inputs("t_bbox_pred"))
+        return self.dense(self.inputs("t_cls_score"), self.inputs("t_bbox_pred"), self.inputs("t_feat"))
 
-    def dense(self, cls: list[Tensor], edge: list[Tensor]) -> Dense:
+    def dense(self, cls: list[Tensor], edge: list[Tensor], features: list[Tensor]) -> Dense:
         flat_cls, flat_edge = (
             torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in maps], 1) for maps in (cls, edge)
         )
         return Dense(
             cls=flat_cls,
             edge=flat_edge.unflatten(-1, (4, -1)),
-            features=(),
+            features=tuple(features),
             towers=NO_MAPS,
             locations=self.locations,
         )
@@ -202,6 +202,49 @@ def check_vlr(case: Case, where: Where, expected: Tensor, kind: str) -> None:
     assert_close(found, expected.flatten(), rtol=0, atol=1e-6)
 
 
+def check_imitation(case: Case, fork: str) -> None:
+    """Compare feature imitation on the finest level.
+
+    That level alone has positives, without which the reference gives 0. General instances are taken per level there, so
+    they are taken of this level alone here.
+    """
+    pair = Pair(finest(case.student), finest(case.teacher))
+    count = len(pair.student.locations.level)
+    fields = ("label", "gt_xyxy", "is_positive", "is_valid")
+    assigned = replace(case.assigned, **{name: getattr(case.assigned, name)[:, :count] for name in fields})
+    norm = normalizer("reference", assigned, main_region(pair.student.cls, assigned, pair.student.locations))
+    for name, key in (("finegrained", "finegrained"), ("inside_gt", "fitnet"), ("gi", "gibox")):
+        found = Imitation(region=name)(pair, region(name, RegionSpec(), pair, assigned, case.targets), norm).detach()
+        expected = case[f"{fork}/loss_im_{key}"]
+        case.deviations.record("ld: imitation losses, relative", case.path.name, (found / expected[0] - 1).abs().item())
+        assert_close(found, expected[0], rtol=1e-5, atol=0)
+        assert not expected[1:].any()
+
+
+def check_imitation_regions(case: Case, fork: str) -> None:
+    """Compare the members of the regions that a file holds; the released code calls the inside of objects FitNet."""
+    for name, key in (("finegrained", "finegrained"), ("inside_gt", "fitnet")):
+        if f"{fork}/im_region_{key}" in case.arrays:
+            expected = case[f"{fork}/im_region_{key}"].flatten()
+            where = region(name, RegionSpec(), Pair(case.student, case.teacher), case.assigned, case.targets)
+            wrong = torch.zeros_like(expected).index_fill(0, where.row, 1.0) != expected
+            case.deviations.record("ld: imitation regions, wrong locations", case.path.name, wrong.sum().item())
+            assert not wrong.any()
+
+
+def finest(dense: Dense) -> Dense:
+    """Return what a detector says on its finest level."""
+    level_hw, stride = dense.locations.level_hw[:1], dense.locations.level_stride[:1]
+    count = dense.locations.level_sizes[0]
+    return replace(
+        dense,
+        cls=dense.cls[:, :count],
+        edge=dense.edge[:, :count],
+        features=dense.features[:1],
+        locations=location_grid(level_hw, stride, torch.device("cpu")),
+    )
+
+
 @pytest.mark.parametrize("path", GFL, ids=lambda path: path.stem)
 def test_gfl_losses(path: Path, deviations: Deviations) -> None:
     case = Case(path, deviations)
@@ -247,6 +290,9 @@ def test_ld_losses(path: Path, deviations: Deviations) -> None:
         check_losses(case, "distillation losses", kd_vlr, f"{name}/loss_kd_neg_unscaled")
     assert not case[f"{fork}/loss_kd_neg"].any()  # multiplied by a literal 0 in the released code
 
+    check_imitation_regions(case, fork)
+    if case.notes.get("feats") == "1":
+        check_imitation(case, fork)
     if case.notes["grads"] == "1":
         plain = torch.cat(list(detection.values())).sum()
         check_gradients(case, ld.sum(), "mmdet3/grad_ld_only_bbox_pred", "bbox_pred")

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ldctl.assign import assign
+from ldctl.boxes import box_iou, expected_distance
 from ldctl.errors import LdctlError
-from ldctl.regions import RegionSpec, all_region, main_region, vlr_overlap, vlr_region, vlr_weights
-from ldctl.types import Assigned, Locations, Targets, Where
+from ldctl.regions import Region, RegionSpec, all_region, main_region, region, vlr_overlap, vlr_region, vlr_weights
+from ldctl.types import Assigned, Locations, Pair, Targets, Where
 
 CLASSES = 4
 KINDS = ("diou", "reference")
@@ -169,3 +170,45 @@ def test_without_objects(kind: str) -> None:
 def test_gamma_beyond_its_range_is_refused(gamma: float) -> None:
     with pytest.raises((ValueError, LdctlError), match="gamma"):
         RegionSpec(gamma=gamma)
+
+
+def disagreement(num_images: int, seed: int) -> tuple[Pair, Targets, Assigned]:
+    locations, targets, assigned = scene(seed, num_images)
+    return Pair(*(random_dense(locations, num_images, CLASSES, seed + part) for part in (10, 20))), targets, assigned
+
+
+@pytest.mark.parametrize("name", ["inside_gt", "outside_gt", "finegrained", "gi"])
+def test_a_region_of_features_is_that_of_each_image_alone(name: Region) -> None:
+    pair, targets, assigned = disagreement(3, seed=4)
+    whole = region(name, RegionSpec(), pair, assigned, targets)
+    rows = []
+    for image in range(3):
+        alone = Pair(images_of(pair.student, [image]), images_of(pair.teacher, [image]))
+        some = Assigned(**{key: value[[image]] for key, value in vars(assigned).items()})
+        found = region(name, RegionSpec(), alone, some, images_of(targets, [image]))
+        rows.append(found.row + image * len(pair.student.locations.level))
+    assert len(whole.row) > 0
+    assert torch.equal(whole.row, torch.cat(rows))
+    assert assigned.is_valid.flatten()[whole.row].all()
+
+
+def test_general_instances_by_brute_force() -> None:
+    pair, targets, assigned = disagreement(1, seed=5)
+    locations = pair.student.locations
+    student, teacher = pair.student.cls[0].sigmoid(), pair.teacher.cls[0].sigmoid()
+    scored = []
+    for index in range(len(locations.level)):
+        label = int((student[index] - teacher[index]).abs().argmax())
+        surer = pair.student if student[index, label] > teacher[index, label] else pair.teacher
+        left, top, right, bottom = (expected_distance(surer.edge[0, index]) * locations.stride[index]).tolist()
+        x, y = locations.xy[index].tolist()
+        gap = (student[index, label] - teacher[index, label]).abs().item()
+        if assigned.is_valid[0, index]:
+            scored.append((gap, index, torch.tensor((x - left, y - top, x + right, y + bottom))))
+    kept: list[tuple[float, int, torch.Tensor]] = []
+    for one in sorted(scored, key=lambda item: -item[0]):
+        if len(kept) < 10 and all(box_iou(one[2], other[2]) <= 0.3 for other in kept):
+            kept.append(one)
+    found = region("gi", RegionSpec(), pair, assigned, targets)
+    assert found.row.tolist() == sorted(index for _, index, _ in kept)
+    assert len(kept) > 3

@@ -97,9 +97,9 @@ def test_defaults_are_the_references_configuration(shared: Path, deviations: Dev
             "--set distill.terms.0.weight=0: distill.terms.0.weight: must be greater than 0, given 0",
         ),
         (
-            "distill.terms.0.kind=pkd",
-            "--set distill.terms.0.kind=pkd: distill.terms.0.kind: expected 'ld', 'kd', 'binary_kd', 'bckd_box', "
-            "'crosskd_cls' or 'crosskd_box', given \"pkd\"; did you mean 'kd'?",
+            "distill.terms.0.kind=pkdd",
+            "--set distill.terms.0.kind=pkdd: distill.terms.0.kind: expected 'ld', 'kd', 'binary_kd', 'bckd_box', "
+            "'crosskd_cls', 'crosskd_box', 'imitation', 'pkd' or 'cwd', given \"pkdd\"; did you mean 'pkd'?",
         ),
         (
             "student.backbone.depth=19",

@@ -5,8 +5,11 @@ from typing import Annotated
 from pydantic import Field
 
 from ldctl.distill.crosskd import CrossKDBox, CrossKDClass
+from ldctl.distill.features import CWD, PKD, Imitation
 from ldctl.distill.logits import KD, LD, BCKDBox, BinaryKD
 
-Term = Annotated[LD | KD | BinaryKD | BCKDBox | CrossKDClass | CrossKDBox, Field(discriminator="kind")]
+Term = Annotated[
+    LD | KD | BinaryKD | BCKDBox | CrossKDClass | CrossKDBox | Imitation | PKD | CWD, Field(discriminator="kind")
+]
 
-__all__ = ["KD", "LD", "BCKDBox", "BinaryKD", "CrossKDBox", "CrossKDClass", "Term"]
+__all__ = ["CWD", "KD", "LD", "PKD", "BCKDBox", "BinaryKD", "CrossKDBox", "CrossKDClass", "Imitation", "Term"]

@@ -144,14 +144,16 @@ def class_distillation(
 
 
 def sum_of_level_means(per_row: Float[Tensor, " N"], where: Where, norm: Normalizer) -> Float[Tensor, ""]:
-    """Average over the rows of each pyramid level, then sum over levels.
+    """Average over the rows of each pyramid level that have a weight, whatever it is, then sum over levels.
 
     `"reference"`: the released code's, each rank on its own; a level without rows counts 0. `"synced"`: the mean of
     what the reference gives over all pairs of images, whichever ranks hold them. It does not depend on the split; on
     ranks of two images each it is what the reference gives on average over the ways to pair the images.
     """
     index = where.image * where.num_levels + where.level
-    count = per_row.new_zeros(where.num_images * where.num_levels).index_add(0, index, torch.ones_like(per_row))
+    is_in = (where.weight > 0).to(per_row.dtype)
+    per_row = per_row * is_in
+    count = per_row.new_zeros(where.num_images * where.num_levels).index_add(0, index, is_in)
     count = count.view(where.num_images, where.num_levels)
     if norm.kind == "reference":
         total = per_row.new_zeros(where.num_levels).index_add(0, where.level, per_row)

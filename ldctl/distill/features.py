@@ -1,0 +1,145 @@
+"""Distillation terms on whole maps: imitation of pyramid features, PKD, and CWD.
+
+Features are compared as they are. Where the student's maps are narrower or wider than the teacher's, a 1x1 convolution
+that learns beside the student makes them alike before they arrive here.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from ldctl.distill.logits import softened_kl, sum_of_level_means
+from ldctl.schema import Spec
+from ldctl.types import Dense, Normalizer, Pair, Where
+
+STD_FLOOR = 1e-6  # Source: PKD's released code
+
+
+class Imitation(Spec):
+    """Feature imitation: the student's pyramid maps become the teacher's, in a region.
+
+    The classic methods differ in the region: `"all"` is FitNets, `"inside_gt"` the inside of objects' boxes, `"main"`
+    the positives, `"finegrained"` Fine-Grained imitation, `"gi"` general instances; DeFeat is two terms, `"inside_gt"`
+    and `"outside_gt"`, each averaged over its own locations.
+
+    Attributes:
+        region: Where; its weights are not used.
+        weight: Factor. Source: 2 in the released LD code, where DeFeat's background weighs twice as much.
+    """
+
+    kind: Literal["imitation"] = "imitation"
+    region: Literal["all", "inside_gt", "outside_gt", "main", "finegrained", "gi"] = "gi"
+    weight: float = Field(default=2.0, gt=0)
+
+    @property
+    def name(self) -> str:
+        """Return what logs call the loss."""
+        return f"imitation/{self.region}"
+
+    def __call__(self, pair: Pair, where: Where, norm: Normalizer) -> Float[Tensor, ""]:
+        """Return the squared difference, averaged over channels and each level's rows, summed over levels.
+
+        Normalized by: see `sum_of_level_means`.
+
+        Differs from the released code: that gives 0 on levels without positives, whatever the region holds there.
+        """
+        student = location_features(pair.student)[where.row].float()
+        teacher = location_features(pair.teacher)[where.row].float()
+        return self.weight * sum_of_level_means((student - teacher).square().mean(dim=-1), where, norm)
+
+
+class PKD(Spec):
+    """Pearson knowledge distillation: each channel of the pyramid's maps correlates with the teacher's.
+
+    Blind to scale and offset of the features, so teachers of any kind serve.
+
+    Attributes:
+        weight: Factor. Source: 10 for one-stage teachers, 6 beside CrossKD.
+    """
+
+    kind: Literal["pkd"] = "pkd"
+    region: Literal["all"] = "all"
+    weight: float = Field(default=10.0, gt=0)
+
+    @property
+    def name(self) -> str:
+        """Return what logs call the loss."""
+        return "pkd/features"
+
+    def __call__(self, pair: Pair, _where: Where, _norm: Normalizer) -> Float[Tensor, ""]:
+        """Return the sum over levels, padding included.
+
+        Normalized by: the elements of each level's map.
+        """
+        levels = zip(level_maps(pair.student, "features"), level_maps(pair.teacher, "features"), strict=True)
+        return self.weight * torch.stack([pearson_distance(student, teacher) for student, teacher in levels]).sum()
+
+
+def pearson_distance(student: Float[Tensor, "B D L"], teacher: Float[Tensor, "B D L"]) -> Float[Tensor, ""]:
+    """Return half the mean squared difference of maps that are standardised per channel, over images and locations.
+
+    This is one minus the mean correlation of the channels, but for the unbiased standard deviation.
+
+    Returns:
+        In [0, 2]; zero where each channel of the student is a rising linear function of the teacher's.
+
+    Normalized by: the number of elements.
+
+    Source: PKD (NeurIPS 2022, arXiv:2207.02039), eq. 4.
+    """
+    return (standardized(student) - standardized(teacher.detach())).square().mean() / 2
+
+
+def standardized(maps: Float[Tensor, "B D L"]) -> Float[Tensor, "B D L"]:
+    """Return maps whose channels have mean 0 and standard deviation 1 over images and locations."""
+    mean = maps.mean(dim=(0, 2), keepdim=True)
+    # a map of one location in one image has no deviation
+    deviation = maps.std(dim=(0, 2), keepdim=True, correction=1 if maps.shape[0] * maps.shape[2] > 1 else 0)
+    return (maps - mean) / (deviation + STD_FLOOR)
+
+
+class CWD(Spec):
+    """Channel-wise distillation: where a channel is active, as a distribution over the locations of a level.
+
+    Attributes:
+        on: Maps to compare: the pyramid's `"features"`, or the class logits (`"cls"`).
+        weight: Factor. Source: 10 in the published RetinaNet configuration.
+        temperature: Softens both distributions.
+    """
+
+    kind: Literal["cwd"] = "cwd"
+    region: Literal["all"] = "all"
+    on: Literal["features", "cls"] = "features"
+    weight: float = Field(default=10.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
+
+    @property
+    def name(self) -> str:
+        """Return what logs call the loss."""
+        return f"cwd/{self.on}"
+
+    def __call__(self, pair: Pair, _where: Where, _norm: Normalizer) -> Float[Tensor, ""]:
+        """Return the sum over levels of `T^2 * KL(teacher, student)`, padding included.
+
+        Normalized by: images and channels of each level's map.
+
+        Source: CWD (ICCV 2021, arXiv:2011.13256), eq. 4.
+        """
+        levels = zip(level_maps(pair.student, self.on), level_maps(pair.teacher, self.on), strict=True)
+        divergences = [softened_kl(student, teacher, self.temperature).mean() for student, teacher in levels]
+        return self.weight * self.temperature**2 * torch.stack(divergences).sum()
+
+
+def location_features(dense: Dense) -> Float[Tensor, "N D"]:
+    """Return the pyramid's features, a row for each location of each image, in the order of `Where.row`."""
+    return torch.cat([each.flatten(2) for each in dense.features], dim=2).transpose(1, 2).flatten(0, 1)
+
+
+def level_maps(dense: Dense, on: Literal["features", "cls"]) -> list[Float[Tensor, "B D _"]]:
+    """Return the maps of each level as float32, their rows and columns in one axis."""
+    if on == "features":
+        return [each.flatten(2).float() for each in dense.features]
+    return [each.transpose(1, 2).float() for each in torch.split(dense.cls, list(dense.locations.level_sizes), dim=1)]
