@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ldctl import spec, toml
+from ldctl.distill import KD, LD
 from ldctl.spec import DistillSpec, TeacherSpec
 
 PRESETS = sorted((Path(__file__).parents[1] / "presets").glob("*.toml"))
@@ -68,17 +69,38 @@ def test_header_says(path: Path, said: str) -> None:
     assert any(word in header(path) for word in said.split("|"))
 
 
-def test_the_papers_recipes_are_there() -> None:
-    names = {path.stem for path in PRESETS}
-    assert {"quickstart", "gfl-r101-coco-2x", "ld-r18-r101-coco", "ld-r50-r101-coco"} <= names
-    assert names == set(spec.preset_names())
+LD_MAIN = {"ld/main": 0.25}
+LD_FULL = {**LD_MAIN, "ld/vlr": 0.0625, "kd/main": 10.0}
+LD_VOC = {**LD_MAIN, "ld/vlr": 0.0625, "kd/vlr": 10.0}
+CROSSKD = {"crosskd_cls/all": 1.0, "crosskd_box/all": 4.0}
+RECIPES = {
+    "ld-main": LD_MAIN,
+    "ld-full": LD_FULL,
+    "ld-full-gi": {**LD_FULL, "imitation/gi": 2.0},
+    "self-ld": LD_MAIN,
+    "mmdet-ld": LD_MAIN,
+    "bckd": {"binary_kd/all": 1.0, "bckd_box/all": 4.0},
+    "pkd": {"pkd/features": 10.0},
+    "crosskd": CROSSKD,
+    "crosskd-pkd": {**CROSSKD, "pkd/features": 6.0},
+}  # terms and weights of the published rows
+VOC = {"ld-main-voc": LD_MAIN, "ld-full-voc": LD_VOC, "ld-full-gi-voc": {**LD_VOC, "imitation/gi": 2.0}}
 
 
-@pytest.mark.parametrize("path", [path for path in PRESETS if path.stem.startswith("ld-")], ids=lambda path: path.stem)
-def test_recipes_of_the_released_code(path: Path) -> None:
-    loaded = spec.load(DistillSpec, str(path), {}, [])
-    terms = {term.name: term for term in loaded.distill.terms}
-    assert {name: term.weight for name, term in terms.items()} == {"ld/main": 0.25, "ld/vlr": 0.0625, "kd/main": 10.0}
-    assert {term.model_dump()["temperature"] for term in terms.values()} == {10.0, 2.0}
-    assert (loaded.distill.vlr, loaded.distill.normalize) == ("reference", "synced")
-    assert loaded.student.backbone.depth == int(path.stem.split("-")[1][1:])
+def test_every_recipe_is_there_at_both_sizes() -> None:
+    others = {"quickstart", "small", "small-teacher", "gfl-r101-coco-2x", "gfl-r101-voc"}
+    assert {path.stem for path in PRESETS} == {*RECIPES, *(f"small-{name}" for name in RECIPES), *VOC, *others}
+    assert {path.stem for path in PRESETS} == set(spec.preset_names())
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *(f"small-{name}" for name in RECIPES), *VOC])
+def test_recipes_of_the_published_tables(name: str) -> None:
+    loaded = spec.load(DistillSpec, name, {}, [])
+    weights = {term.name: term.weight for term in loaded.distill.terms}
+    assert weights == (RECIPES | VOC)[name.removeprefix("small-")]
+    for term in loaded.distill.terms:
+        if isinstance(term, LD | KD):
+            assert term.temperature == (10.0 if isinstance(term, LD) else 2.0)
+    assert loaded.distill.normalize == ("reference" if "mmdet" in name else "synced")
+    assert loaded.distill.vlr == ("reference" if "full" in name else "diou")
+    assert loaded.fault_of_heads(loaded.student) is None
