@@ -34,7 +34,7 @@ def import_teacher(source: Path, target: Path, classes: str | None) -> str:
     found = mmdet.infer_mmdet(state, source)
     names = _class_names(classes, found.num_classes)
     values = {
-        "backbone": {"depth": found.depth},
+        "backbone": {"depth": found.depth, "dcn": found.has_dcn},
         "head": {"reg_max": found.reg_max, "num_convs": found.num_convs},
         "channels": found.channels,
     }

@@ -21,6 +21,7 @@ from ldctl.keys import key_faults
 PROJECT = "bbox_head.integral.project"  # mmdet keeps the bins 0 .. reg_max as a buffer
 NUM_LEVELS = 5
 NUM_MAPS = 3  # backbone maps that the pyramid reads
+OFFSETS = 18  # x and y of each input of a deformable 3x3 convolution; its second version has a mask, too: 27
 BUILDERS = {18: resnet.resnet18, 34: resnet.resnet34, 50: resnet.resnet50, 101: resnet.resnet101}
 # Blocks of the third stage, and whether they are bottlenecks, tell the depth.
 DEPTHS = {(2, False): 18, (6, False): 34, (6, True): 50, (23, True): 101}
@@ -50,6 +51,7 @@ class Inferred:
         reg_max: Largest bin of an edge distribution.
         channels: Width of pyramid and head.
         num_convs: Layers of each tower.
+        has_dcn: Deformable convolutions in the last three stages of the backbone.
     """
 
     depth: int
@@ -57,6 +59,7 @@ class Inferred:
     reg_max: int
     channels: int
     num_convs: int
+    has_dcn: bool
 
 
 class _Ignored:
@@ -123,6 +126,7 @@ def infer_mmdet(state: Mapping[str, Tensor], path: Path) -> Inferred:
         reg_max=edge.shape[0] // 4 - 1,
         channels=cls.shape[1],
         num_convs=_count(state, "bbox_head.cls_convs."),
+        has_dcn=any(name.startswith("backbone.") and ".conv_offset." in name for name in state),
     )
 
 
@@ -176,6 +180,11 @@ def _expected(inferred: Inferred) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         backbone = BUILDERS[inferred.depth]().state_dict()
     shapes = {f"backbone.{name}": tuple(value.shape) for name, value in backbone.items() if not name.startswith("fc.")}
+    if inferred.has_dcn:
+        deformable = [name for name in shapes if re.fullmatch(r"backbone\.layer[234]\.\d+\.conv2\.weight", name)]
+        for name in deformable:
+            prefix = name.removesuffix("weight") + "conv_offset."
+            shapes |= {f"{prefix}weight": (OFFSETS, *shapes[name][1:]), f"{prefix}bias": (OFFSETS,)}
     channels, last = inferred.channels, backbone["fc.weight"].shape[1]
     for name in _names(inferred.num_convs):
         if name.endswith(".scale"):
@@ -213,8 +222,6 @@ def _refuse_kin(state: Mapping[str, Tensor], path: Path) -> None:
     missing = [name for name in missing if name not in state]
     if missing:
         raise CheckpointError(f"{path}: no {missing[0]}: not a GFL detector of mmdet, import one")
-    if any(".conv_offset." in name for name in state):
-        raise CheckpointError(f"{path}: deformable convolutions (conv_offset): import a detector with a plain ResNet")
     if any(name.startswith("bbox_head.reg_conf.") for name in state):
         raise CheckpointError(f"{path}: a GFLv2 head (bbox_head.reg_conf): import a GFL detector")
 

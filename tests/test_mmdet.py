@@ -90,19 +90,24 @@ def test_containers(
     assert all(torch.equal(read[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50, 101])
-def test_names_and_shapes_are_mmdets(shared: Path, depth: int) -> None:
+DEPTHS = [(18, False), (34, False), (50, False), (101, False), (50, True), (101, True)]
+
+
+@pytest.mark.parametrize(("depth", "dcn"), DEPTHS)
+def test_names_and_shapes_are_mmdets(shared: Path, depth: int, dcn: bool) -> None:
     with torch.device("meta"):
-        detector = Detector(ModelSpec(backbone=ResNetSpec(depth=depth, init="none")), 80)
+        detector = Detector(ModelSpec(backbone=ResNetSpec(depth=depth, init="none", dcn=dcn)), 80)
     theirs = to_mmdet(detector.state_dict())
-    assert {name: list(value.shape) for name, value in theirs.items()} == shapes(shared, depth)
+    kind = "gfl_dcn" if dcn else "gfl"
+    assert {name: list(value.shape) for name, value in theirs.items()} == shapes(shared, depth, kind)
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50, 101])
-def test_there_and_back_is_the_identity(shared: Path, depth: int) -> None:
-    state = oracle.weights(shapes(shared, depth), depth, "round")
+@pytest.mark.parametrize(("depth", "dcn"), DEPTHS)
+def test_there_and_back_is_the_identity(shared: Path, depth: int, dcn: bool) -> None:
+    state = oracle.weights(shapes(shared, depth, "gfl_dcn" if dcn else "gfl"), depth, "round")
+    assert infer_mmdet(state, HERE).has_dcn == dcn
     ours = from_mmdet(state, HERE)
-    detector = Detector(ModelSpec(backbone=ResNetSpec(depth=depth, init="none")), 80)
+    detector = Detector(ModelSpec(backbone=ResNetSpec(depth=depth, init="none", dcn=dcn)), 80)
     detector.load_state_dict(ours)
     back = to_mmdet(detector.state_dict())
     assert back.keys() == state.keys()
@@ -123,7 +128,7 @@ def test_what_shapes_tell(depth: int, num_classes: int, reg_max: int, channels: 
     )
     ours = Detector(spec, num_classes).state_dict()
     theirs = to_mmdet(ours)
-    assert infer_mmdet(theirs, HERE) == Inferred(depth, num_classes, reg_max, channels, num_convs)
+    assert infer_mmdet(theirs, HERE) == Inferred(depth, num_classes, reg_max, channels, num_convs, has_dcn=False)
     assert from_mmdet(theirs, HERE).keys() == ours.keys()
 
 
@@ -188,10 +193,11 @@ def test_other_detectors(shared: Path, state: dict[str, Tensor]) -> None:
     assert fault(state | {"bbox_head.reg_conf.0.weight": torch.zeros(64, 20, 1, 1)}) == (
         "gfl.pth: a GFLv2 head (bbox_head.reg_conf): import a GFL detector"
     )
-    deformable = {name: torch.zeros(shape) for name, shape in shapes(shared, 50, "gfl_dcn").items()}
-    assert fault(deformable) == (
-        "gfl.pth: deformable convolutions (conv_offset): import a detector with a plain ResNet"
-    )
+    second = {name: torch.zeros(shape) for name, shape in shapes(shared, 50, "gfl_dcnv2").items()}
+    second["bbox_head.integral.project"] = torch.arange(17.0)
+    lines = fault(second).splitlines()
+    assert lines[0] == "gfl.pth: 26 entries do not fit a GFL detector with ResNet-50: nothing imported"
+    assert lines[1] == "shape: backbone.layer2.0.conv2.conv_offset.weight is [27, 128, 3, 3], GFL's is [18, 128, 3, 3]"
     assert fault(state | {"backbone.layer3.35.conv1.weight": torch.zeros(1)}) == (
         "gfl.pth: no ResNet of 18, 34, 50 or 101 layers (36 blocks in backbone.layer3): "
         "import a GFL detector with such a backbone"

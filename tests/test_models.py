@@ -19,17 +19,18 @@ from ldctl.models import Detector, GFLHeadSpec, ModelSpec, ResNetSpec, backbone,
 NARROW = ModelSpec(backbone=ResNetSpec(depth=18, width=0.125, init="none"), channels=32)
 
 
-def build(depth: int, num_classes: int = 80) -> Detector:
-    return Detector(ModelSpec(backbone=ResNetSpec(depth=depth, init="none")), num_classes)
+def build(depth: int, num_classes: int = 80, *, dcn: bool = False) -> Detector:
+    return Detector(ModelSpec(backbone=ResNetSpec(depth=depth, init="none", dcn=dcn)), num_classes)
 
 
-def reference(shared: Path, depth: int, num_classes: int, salt: str) -> Detector:
+def reference(shared: Path, depth: int, num_classes: int, salt: str, *, dcn: bool) -> Detector:
     """Return a detector with the weights of the reference's forward pass."""
-    shapes = json.loads((shared / f"oracle/mmdet_keys_r{depth}.json").read_text())["gfl"]
+    kinds = json.loads((shared / f"oracle/mmdet_keys_r{depth}.json").read_text())
+    shapes = kinds["gfl_dcn" if dcn else "gfl"]
     for part in ("weight", "bias"):
         shapes[f"bbox_head.gfl_cls.{part}"][0] = num_classes
     state = oracle.weights(shapes, depth, salt)
-    detector = build(depth, num_classes)
+    detector = build(depth, num_classes, dcn=dcn)
     detector.load_state_dict(from_mmdet(state, Path("reference.pth")))
     return detector.eval()
 
@@ -40,13 +41,14 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "depth", "num_classes"), [("r18", 18, 80), ("r50", 50, 80), ("r101", 101, 80), ("r18_20c", 18, 20)]
+    ("name", "depth", "num_classes"),
+    [("r18", 18, 80), ("r50", 50, 80), ("r101", 101, 80), ("r18_20c", 18, 20), ("r50_dcn", 50, 80)],
 )
 def test_forward_is_the_reference(shared: Path, name: str, depth: int, num_classes: int) -> None:
     arrays, notes = oracle.read(shared / f"oracle/gfl_forward_{name}.safetensors")
     images = oracle.normal(tuple(arrays["images"].shape), f"input.images/{name}", notes["salt"])
     assert torch.equal(images, arrays["images"])
-    detector = reference(shared, depth, num_classes, notes["salt"])
+    detector = reference(shared, depth, num_classes, notes["salt"], dcn=name.endswith("dcn"))
     stages: dict[str, Tensor] = {}
     for level in range(2, 6):
         layer = getattr(detector.backbone, f"layer{level - 1}")
@@ -86,6 +88,29 @@ def test_backbone_has_torchvisions_names_and_shapes(depth: int, entries: int) ->
     assert {name: value.shape for name, value in own.items()} == {
         name: value.shape for name, value in theirs.items() if not name.startswith("fc.")
     }
+
+
+def test_a_deformable_backbone_starts_as_the_plain_one() -> None:
+    plain, deformable = (
+        backbone.ResNet(ResNetSpec(depth=50, width=0.125, init="none", dcn=dcn)).eval() for dcn in (False, True)
+    )
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):  # the last of a block starts at 0, which would hide the convolutions
+            nn.init.ones_(module.weight)
+    backbone.load_backbone_weights(deformable, plain.state_dict(), source="plain.pth")
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for one, other in zip(plain(images), deformable(images), strict=True):
+            assert relative(other, one) < 1e-5
+    offsets = deformable.layer3[0].conv2.conv_offset
+    loss = torch.stack([each.square().mean() for each in deformable(images)]).sum()
+    loss.backward()
+    assert offsets.weight.grad.any()
+
+
+def test_deformable_convolutions_want_bottlenecks() -> None:
+    with pytest.raises(ValidationError, match="depth 18 has no bottlenecks for deformable convolutions: use 50 or 101"):
+        ResNetSpec(depth=18, dcn=True)
 
 
 def test_a_narrow_backbone_keeps_the_names() -> None:

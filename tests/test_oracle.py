@@ -32,7 +32,7 @@ STRIDES = (8, 16, 32, 64, 128)
 KINDS = {
     "gfl_loss_cases_": (17, "here"),
     "ld_loss_cases_": (15, "here"),
-    "gfl_forward_": (4, "elsewhere"),
+    "gfl_forward_": (5, "elsewhere"),
     "decode_cases_": (7, "elsewhere"),
     "mmdet_keys_": (4, "elsewhere"),
     "preproc_cases_": (1, "elsewhere"),
@@ -40,7 +40,6 @@ KINDS = {
     "ld_train_step_": (1, "elsewhere"),
     "lr_schedule": (1, "elsewhere"),
     "mmdet_hyperparameters": (1, "later: values to look up, not to compute"),
-    "gfl_forward_r50_dcn": (1, "later: no deformable convolution yet"),
     "gflv2_": (2, "later: no GFLv2 head yet"),
     "fork_keys_gflv2_head": (1, "later: no GFLv2 head yet"),
 }

@@ -1,4 +1,4 @@
-"""ResNet as torchvision lays it out, at any width, with frozen or trainable batch norm."""
+"""ResNet as torchvision lays it out, at any width, with frozen or trainable batch norm, plain or deformable."""
 
 import pickle
 import sys
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import deform_conv2d
 
 from ldctl.errors import CheckpointError, MissingError
 from ldctl.keys import key_faults
@@ -51,6 +52,8 @@ class ResNetSpec(Spec):
             with pretrained weights and `trainable` without.
         frozen_stages: 0 trains everything, 1 freezes the stem and the first stage, 4 everything. Unless given, 1 with
             pretrained weights and 0 without.
+        dcn: Deformable 3x3 convolutions in the last three stages, as mmdet's `dcn=dict(type="DCN")`; with bottlenecks
+            (depth 50 or 101) only.
     """
 
     kind: Literal["resnet"] = "resnet"
@@ -59,6 +62,7 @@ class ResNetSpec(Spec):
     init: str = Field(default="imagenet", min_length=1)
     norm: Literal["frozen", "trainable"] = "frozen"
     frozen_stages: int = Field(default=1, ge=0, le=4)
+    dcn: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -77,6 +81,10 @@ class ResNetSpec(Spec):
             raise ValueError(f"width {self.width:g} gives {stem:g} stem channels: use a multiple of 1/{STEM_CHANNELS}")
         if self.width != 1 and self.init == "imagenet":
             raise ValueError(f'no ImageNet weights for width {self.width:g}: use width 1, init "none" or a path')
+        if self.dcn and LAYOUT[self.depth][0] is not Bottleneck:
+            raise ValueError(
+                f"depth {self.depth} has no bottlenecks for deformable convolutions: use 50 or 101, or no dcn"
+            )
         return self
 
 
@@ -99,6 +107,11 @@ class ResNet(nn.Module):
         self.layer4 = _stage(block, 4 * expanded, 8 * base, counts[3], stride=2)
         self.out_channels = (2 * expanded, 4 * expanded, 8 * expanded)
         self._initialize()
+        if spec.dcn:
+            for stage in (self.layer2, self.layer3, self.layer4):
+                for residual in stage:
+                    assert isinstance(residual.conv2, nn.Conv2d)
+                    residual.conv2 = DeformableConv2d(residual.conv2)
         for module in self._frozen():
             module.requires_grad_(False)
 
@@ -135,6 +148,29 @@ class ResNet(nn.Module):
         c3 = self.layer2(self.layer1(stem))
         c4 = self.layer3(c3)
         return c3, c4, self.layer4(c4)
+
+
+class DeformableConv2d(nn.Module):
+    """A 3x3 convolution that reads where it likes: each output learns an offset for each of its nine inputs.
+
+    Starts out as the plain convolution that it replaces.
+
+    Source: Deformable Convolutional Networks (ICCV 2017, arXiv:1703.06211), without the second version's masks.
+    """
+
+    def __init__(self, plain: nn.Conv2d) -> None:
+        super().__init__()
+        self.stride = plain.stride[0]
+        self.weight = plain.weight
+        self.conv_offset = nn.Conv2d(plain.in_channels, 2 * 9, kernel_size=3, stride=self.stride, padding=1)
+        for parameter in self.conv_offset.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, feature: Float[Tensor, "B _ _ _"]) -> Float[Tensor, "B _ _ _"]:
+        """Return what the plain convolution would return, but for its inputs' places."""
+        offset = self.conv_offset(feature)
+        output: Tensor = deform_conv2d(feature, offset, self.weight, stride=self.stride, padding=1)
+        return output
 
 
 def _expansion(block: type[nn.Module]) -> int:
@@ -184,8 +220,10 @@ def load_backbone_weights(backbone: ResNet, state: Mapping[str, Tensor], *, sour
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     given = {key: value for key, value in state.items() if not key.startswith("fc.")}
     own = backbone.state_dict()
-    # The first torchvision files predate these counters, which only matter to norms without momentum.
-    given = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")} | given
+    # The first torchvision files predate these counters, which only matter to norms without momentum; and a plain
+    # network may be made deformable, with offsets of zero.
+    optional = [key for key in own if key.endswith("num_batches_tracked") or ".conv_offset." in key]
+    given = {key: own[key] for key in optional} | given
     shapes, own_shapes = ({key: value.shape for key, value in entries.items()} for entries in (given, own))
     faults = key_faults(shapes, own_shapes, "the backbone's")
     if faults:
