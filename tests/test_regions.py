@@ -1,6 +1,7 @@
 """Regions against the definitions, one location and object at a time in Python's floats."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,17 @@ from torch.testing import assert_close
 from ldctl.assign import assign
 from ldctl.boxes import box_iou, expected_distance
 from ldctl.errors import LdctlError
-from ldctl.regions import Region, RegionSpec, all_region, main_region, region, vlr_overlap, vlr_region, vlr_weights
+from ldctl.regions import (
+    Region,
+    RegionSpec,
+    all_region,
+    general_instances,
+    main_region,
+    region,
+    vlr_overlap,
+    vlr_region,
+    vlr_weights,
+)
 from ldctl.types import Assigned, Locations, Pair, Targets, Where
 
 CLASSES = 4
@@ -212,3 +223,19 @@ def test_general_instances_by_brute_force() -> None:
     found = region("gi", RegionSpec(), pair, assigned, targets)
     assert found.row.tolist() == sorted(index for _, index, _ in kept)
     assert len(kept) > 3
+
+
+def test_general_instances_of_images_whose_boxes_lie_left_of_and_above_them() -> None:
+    """Suppression tells images apart by shifting their boxes; one below zero must not land on another image's."""
+    locations = grid(64, 64)
+    blank = random_dense(locations, 2, 1, 0)
+    edge = torch.full_like(blank.edge, -50.0)
+    edge[..., 0] = 50.0  # boxes without extent, but for two
+    edge[0, 0, 2:, 16] = 150.0  # (0, 0) to (128, 128), the largest coordinate of all
+    edge[1, 0, :2, 16] = 150.0  # (-128, -128) to (0, 0)
+    silent = torch.full_like(blank.cls, -20.0)
+    cls = silent.clone()
+    cls[:, 0, 0] = torch.tensor([5.0, 3.0])
+    pair = Pair(replace(blank, cls=cls, edge=edge), replace(blank, cls=silent, edge=edge))
+    assigned = assign(locations, targets_of([[], []]), torch.full((2, 2), 64), 1)
+    assert general_instances(pair, assigned)[:, 0].tolist() == [True, True]
