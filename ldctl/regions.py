@@ -27,7 +27,9 @@ FINE_GRAINED_SHARE = 0.5  # of an object's best IoU. Source: Fine-Grained imitat
 # General instances. Source: GI imitation (CVPR 2021, arXiv:2103.02340)
 GI_NMS_IOU = 0.3
 NUM_GI = 10  # per image
-GI_CANDIDATES = 1000  # best of an image that suppression looks at; hundreds of thousands would not change its first ten
+# Best of an image that suppression looks at, for its cost grows with their square. Ten are nearly always among them:
+# fewer are left only where all thousand mean fewer boxes.
+GI_CANDIDATES = 1000
 
 
 class RegionSpec(Spec):
@@ -169,7 +171,7 @@ def fine_grained(locations: Locations, assigned: Assigned, targets: Targets) -> 
 
 @torch.no_grad()
 def general_instances(pair: Pair, assigned: Assigned) -> Bool[Tensor, "B A"]:
-    """Tell where student and teacher disagree most: the best ten locations of each image, one for each box.
+    """Tell where student and teacher disagree most: at most ten locations of each image, one for each box.
 
     A location's score is the largest difference of a class score; its box is that of the detector that is surer of
     this class. Non-maximum suppression keeps the best location of those that mean one box.
@@ -189,12 +191,13 @@ def general_instances(pair: Pair, assigned: Assigned) -> Bool[Tensor, "B A"]:
     xyxy = decode_ltrb(locations.xy[best.indices], ltrb_surer, locations.stride[best.indices])
     num_images = len(gap)
     image = torch.arange(num_images, device=gap.device).repeat_interleave(best.indices.shape[1])
-    kept = batched_nms(xyxy.flatten(0, 1), best.values.flatten(), image, GI_NMS_IOU)  # best first; synchronises
+    # images are told apart by shifts that only keep boxes above zero apart; decoded boxes may lie below
+    positive_xyxy = (xyxy - xyxy.amin()).flatten(0, 1)
+    kept = batched_nms(positive_xyxy, best.values.flatten(), image, GI_NMS_IOU)  # best first; synchronises
     is_of = image[kept, None] == torch.arange(num_images, device=gap.device)
     is_first = ((is_of.cumsum(dim=0) <= NUM_GI) & is_of).any(dim=1) & (best.values.flatten()[kept] >= 0)
-    kept = kept[is_first]
     mask = torch.zeros_like(assigned.is_valid)
-    mask[image[kept], best.indices.flatten()[kept]] = True
+    mask[image[kept], best.indices.flatten()[kept]] = is_first
     return mask
 
 

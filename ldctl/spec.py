@@ -26,7 +26,8 @@ class TrainSpec(Spec):
         batch: Images per optimizer step, over all ranks and accumulated micro-batches.
         accumulate: Micro-batches per optimizer step; divides the batch of a rank. The class losses are divided by what
             the whole batch holds; the box losses' divisor depends on predictions and is summed per micro-batch, `kd`
-            averages over pairs of images of one micro-batch, and the `crosskd` terms align maps over one.
+            and `imitation` average over pairs of images of one micro-batch, the `crosskd` terms align and `pkd`
+            standardises maps over one.
         optim: Optimizer.
         schedule: Learning rate over time.
         ema: Exponential moving average of the weights, which is then evaluated and saved; none if left out.
@@ -64,7 +65,8 @@ class DistillationSpec(RegionSpec):
     Attributes:
         normalize: `"synced"` losses do not depend on how a batch is split over ranks and equal the released code's at
             its 8 ranks of 2 images; `"reference"` keeps the sums of the released code, which grow with the images per
-            rank. Either way the `crosskd` terms align a rank's maps by that rank's own images, as their code does.
+            rank. Either way the `crosskd` terms align, and `pkd` standardises, a rank's maps by that rank's own images,
+            as their code does.
         cut: Behind which layer of the head's towers, counted from the image side in student and teacher alike, the
             `crosskd` terms hand the student's maps to the teacher's head; 0 hands over the pyramid's. The other terms
             have no use for it. Source: 3 of 4 was best in the CrossKD paper.

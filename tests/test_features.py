@@ -5,19 +5,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from scenes import grid, images_of, random_dense, random_targets
+from scenes import grid, images_of, on_ranks, random_dense, random_targets
 from torch import Tensor
 from torch.testing import assert_close
 
 from ldctl.assign import assign
 from ldctl.distill import CWD, PKD, Imitation
-from ldctl.distill.features import location_features, pearson_distance, standardized
+from ldctl.distill.features import feature_distance, location_features, pearson_distance, standardized
+from ldctl.distill.logits import softened_kl
 from ldctl.losses import normalizer
 from ldctl.regions import RegionSpec, all_region, main_region, region
 from ldctl.types import Assigned, Dense, Normalizer, Pair, Targets, Where
 
 SIZE, CLASSES, CHANNELS = 128, 3, 4
 REGIONS = ("all", "inside_gt", "outside_gt", "main", "finegrained", "gi")
+TERMS = (*(Imitation(region=name) for name in REGIONS), PKD(), CWD(), CWD(on="cls"))
+NAMES = [term.name for term in TERMS]
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -81,7 +84,7 @@ def test_imitation_written_out(name: str, kind: str) -> None:
     assert_close(found.item(), expected, rtol=1e-5, atol=0)  # two images are the pair at which both kinds agree
 
 
-@pytest.mark.parametrize("term", [*(Imitation(region=name) for name in REGIONS), PKD(), CWD(), CWD(on="cls")])
+@pytest.mark.parametrize("term", TERMS, ids=NAMES)
 def test_zero_where_student_equals_teacher_and_no_gradient_to_the_teacher(term: Imitation | PKD | CWD) -> None:
     pair, assigned, targets, norm = scene()
     same = Pair(pair.student, pair.student)
@@ -92,8 +95,7 @@ def test_zero_where_student_equals_teacher_and_no_gradient_to_the_teacher(term: 
     leaves = [*pair.student.features, pair.student.cls], [*pair.teacher.features, pair.teacher.cls]
     student, teacher = (torch.autograd.grad(loss, x, retain_graph=True, allow_unused=True) for x in leaves)
     assert any(gradient is not None and gradient.any() for gradient in student)
-    if not isinstance(term, Imitation):  # a teacher's outputs carry no graph; these two would not need one
-        assert all(gradient is None or not gradient.any() for gradient in teacher)
+    assert all(gradient is None for gradient in teacher)
 
 
 @pytest.mark.parametrize("name", REGIONS)
@@ -149,6 +151,57 @@ def test_channel_wise_distillation_written_out(on: str) -> None:
 def test_gradients() -> None:
     student, teacher = normal(2, 3, 6, seed=0).requires_grad_(), normal(2, 3, 6, seed=1)
     assert torch.autograd.gradcheck(lambda x: pearson_distance(x, teacher), student)
+    assert torch.autograd.gradcheck(lambda x: softened_kl(x, teacher, 2.0), student)
+    assert torch.autograd.gradcheck(lambda x: feature_distance(x, teacher[0]), student[0])
+
+
+@pytest.mark.parametrize("maps", [torch.ones(1, 5, 1), torch.ones(2, 5, 4)], ids=["single location", "constant"])
+def test_gradients_of_maps_without_deviation_are_finite(maps: Tensor) -> None:
+    student = maps.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(pearson_distance(student, normal(*maps.shape, seed=0).float()), student)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_imitation_sees_every_location_of_its_region_and_no_other(name: str) -> None:
+    pair, assigned, targets, norm = scene()
+    where = where_of(name, pair, assigned, targets)
+    gradients = torch.autograd.grad(Imitation(region=name)(pair, where, norm), pair.student.features)
+    touched = location_features(replace(pair.student, features=gradients)).all(dim=1)
+    expected = torch.zeros_like(touched)
+    expected[torch.arange(len(touched))[where.row][where.weight > 0]] = True
+    assert torch.equal(touched, expected)
+    assert 0 < touched.sum() < len(touched)
+
+
+def test_background_and_inside_of_objects_are_all_valid_locations() -> None:
+    pair, assigned, targets, _ = scene()
+    inside, outside = (where_of(name, pair, assigned, targets).row for name in ("inside_gt", "outside_gt"))
+    valid = assigned.is_valid.flatten().nonzero()[:, 0]
+    assert torch.equal(torch.cat((inside, outside)).sort().values, valid)
+
+
+@pytest.mark.parametrize("term", TERMS, ids=NAMES)
+def test_synced_over_ranks_is_the_loss_of_all_images(
+    term: Imitation | PKD | CWD, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, assigned, targets, norm = scene(num_images=4)
+    leaves = [*pair.student.features, pair.student.cls]
+
+    def on(images: slice) -> Tensor:
+        part = Pair(*(images_of(each, images) for each in (pair.student, pair.teacher)))
+        chosen = Assigned(**{name: value[images] for name, value in vars(assigned).items()})
+        return term(part, where_of(term.region, part, chosen, images_of(targets, images)), norm)
+
+    whole = on(slice(None))
+    ranks = on_ranks(monkeypatch, 2, lambda rank: on(slice(2 * rank, 2 * rank + 2)))
+    mean = torch.stack(ranks).mean()
+    if isinstance(term, PKD):  # a rank standardises its own images
+        assert mean.item() != pytest.approx(whole.item(), rel=1e-3)
+        return
+    assert_close(mean, whole, rtol=1e-5, atol=0)
+    found, expected = (torch.autograd.grad(x, leaves, materialize_grads=True) for x in (mean, whole))
+    assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", REGIONS)

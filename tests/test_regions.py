@@ -1,6 +1,7 @@
 """Regions against the definitions, one location and object at a time in Python's floats."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,17 @@ from torch.testing import assert_close
 from ldctl.assign import assign
 from ldctl.boxes import box_iou, expected_distance
 from ldctl.errors import LdctlError
-from ldctl.regions import Region, RegionSpec, all_region, main_region, region, vlr_overlap, vlr_region, vlr_weights
+from ldctl.regions import (
+    Region,
+    RegionSpec,
+    all_region,
+    general_instances,
+    main_region,
+    region,
+    vlr_overlap,
+    vlr_region,
+    vlr_weights,
+)
 from ldctl.types import Assigned, Locations, Pair, Targets, Where
 
 CLASSES = 4
@@ -192,6 +203,57 @@ def test_a_region_of_features_is_that_of_each_image_alone(name: Region) -> None:
     assert assigned.is_valid.flatten()[whole.row].all()
 
 
+def python_iou(a: list[float], b: list[float]) -> float:
+    shared = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
+    return shared / union
+
+
+def test_inside_of_objects_and_fine_grained_by_brute_force() -> None:
+    """Objects whose borders run through locations, one that reaches into padding, and images of fewer objects."""
+    images = [
+        [(16.0, 16.0, 48.0, 40.0, 0), (3.0, 5.0, 60.0, 61.0, 1)],
+        [(20.0, 8.0, 60.0, 56.0, 2)],  # only its left part is in the image
+        [],
+    ]
+    locations, targets = grid(64, 64), targets_of(images)
+    assigned = assign(locations, targets, torch.tensor([[64, 64], [64, 32], [64, 64]]), CLASSES)
+    dense = random_dense(locations, 3, CLASSES, 0)
+    found = {
+        name: region(name, RegionSpec(), Pair(dense, dense), assigned, targets).row.tolist()
+        for name in ("inside_gt", "outside_gt", "finegrained")
+    }
+    expected: dict[str, list[int]] = {name: [] for name in found}
+    points = list(zip(locations.xy.tolist(), locations.stride.tolist(), strict=True))
+    priors = [[x - 4 * stride, y - 4 * stride, x + 4 * stride, y + 4 * stride] for (x, y), stride in points]
+    for image, objects in enumerate(images):
+        valid = [index for index in range(len(points)) if assigned.is_valid[image, index]]
+        best = {box: max(python_iou(priors[index], list(box[:4])) for index in valid) for box in objects}
+        for index in valid:
+            row, (x, y) = image * len(points) + index, points[index][0]
+            is_inside = any(x1 < x < x2 and y1 < y < y2 for x1, y1, x2, y2, _ in objects)
+            expected["inside_gt" if is_inside else "outside_gt"].append(row)
+            if any(python_iou(priors[index], list(box[:4])) > 0.5 * best[box] for box in objects):
+                expected["finegrained"].append(row)
+    assert found == expected
+    assert min(map(len, expected.values())) > 10
+    (box,) = images[1]  # prior boxes in the padding fit it better
+    of_all = max(python_iou(prior, list(box[:4])) for prior in priors)
+    of_valid = max(python_iou(priors[i], list(box[:4])) for i in range(len(points)) if assigned.is_valid[1, i])
+    assert of_all > of_valid
+
+
+def test_exactly_half_of_the_best_overlap_is_not_fine_grained() -> None:
+    """Prior boxes inside the object have an IoU of 2/3; those that share 40 of their 64 columns with it, of 1/3."""
+    locations = grid(64, 128)
+    targets = targets_of([[(0.0, 0.0, 96.0, 64.0, 0)]])
+    assigned = assign(locations, targets, torch.tensor([[64, 128]]), CLASSES)
+    dense = random_dense(locations, 1, CLASSES, 0)
+    row = region("finegrained", RegionSpec(), Pair(dense, dense), assigned, targets).row
+    x = locations.xy[row][(locations.xy[row, 1] == 32) & (locations.level[row] == 0), 0]
+    assert x.tolist() == [16, 24, 32, 40, 48, 56, 64, 72, 80]  # not 8 and 88
+
+
 def test_general_instances_by_brute_force() -> None:
     pair, targets, assigned = disagreement(1, seed=5)
     locations = pair.student.locations
@@ -212,3 +274,19 @@ def test_general_instances_by_brute_force() -> None:
     found = region("gi", RegionSpec(), pair, assigned, targets)
     assert found.row.tolist() == sorted(index for _, index, _ in kept)
     assert len(kept) > 3
+
+
+def test_general_instances_of_images_whose_boxes_lie_left_of_and_above_them() -> None:
+    """Suppression tells images apart by shifting their boxes; one below zero must not land on another image's."""
+    locations = grid(64, 64)
+    blank = random_dense(locations, 2, 1, 0)
+    edge = torch.full_like(blank.edge, -50.0)
+    edge[..., 0] = 50.0  # boxes without extent, but for two
+    edge[0, 0, 2:, 16] = 150.0  # (0, 0) to (128, 128), the largest coordinate of all
+    edge[1, 0, :2, 16] = 150.0  # (-128, -128) to (0, 0)
+    silent = torch.full_like(blank.cls, -20.0)
+    cls = silent.clone()
+    cls[:, 0, 0] = torch.tensor([5.0, 3.0])
+    pair = Pair(replace(blank, cls=cls, edge=edge), replace(blank, cls=silent, edge=edge))
+    assigned = assign(locations, targets_of([[], []]), torch.full((2, 2), 64), 1)
+    assert general_instances(pair, assigned)[:, 0].tolist() == [True, True]

@@ -154,6 +154,36 @@ def test_resumed_between_evaluation_and_its_save(
     runs.same(tmp_path / "run", whole)
 
 
+def test_an_adapter_learns_is_resumed_and_stays_out_of_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher's maps are twice as wide; the run is stopped in the middle of an epoch."""
+    engine.train_teacher(runs.plain_spec(tmp_path / "wide", model__channels=64, train__epochs=1), quiet=True)
+    terms = [{"kind": "imitation", "region": "inside_gt"}, {"kind": "pkd"}]
+    values = RICH | {"distill__terms": terms}
+    whole, run = (
+        runs.distill_spec(tmp_path / name, tmp_path / "wide/last.safetensors", **values) for name in ("whole", "run")
+    )
+    engine.distill(whole, quiet=True)
+    with monkeypatch.context() as patch:
+        after_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            engine.distill(run, quiet=True)
+
+    def adapter() -> Tensor:
+        return checkpoint.load_state(tmp_path / "run/state.safetensors").tensors["adapters/features.weight"]
+
+    early = adapter()
+    assert early.shape == (64, 32, 1, 1)
+    engine.distill(run, resume=True, quiet=True)
+    assert not torch.equal(adapter(), early)
+    runs.same(tmp_path / "run", tmp_path / "whole")
+    assert {"imitation/inside_gt", "pkd/features"} <= set(runs.trace(tmp_path / "run")[-1])
+    plain = set(Detector(run.student, 4).state_dict())
+    for name in ("best.safetensors", "last.safetensors"):
+        assert set(checkpoint.load(tmp_path / "run" / name).tensors) == plain
+
+
 def test_a_finished_run_resumes_to_its_results(whole: Path, teacher: Path) -> None:
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
     metrics = engine.distill(runs.distill_spec(whole, teacher, **RICH), resume=True, quiet=True)

@@ -48,7 +48,22 @@ class Imitation(Spec):
         """
         student = location_features(pair.student)[where.row].float()
         teacher = location_features(pair.teacher)[where.row].float()
-        return self.weight * sum_of_level_means((student - teacher).square().mean(dim=-1), where, norm)
+        return self.weight * sum_of_level_means(feature_distance(student, teacher), where, norm)
+
+
+def feature_distance(student: Float[Tensor, "N D"], teacher: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
+    """Return the mean squared difference over channels; the teacher gets no gradient.
+
+    Returns:
+        Values >= 0; zero where both rows are equal.
+
+    Normalized by: the channels `D`.
+
+    Source: FitNets (ICLR 2015, arXiv:1412.6550), hint loss.
+
+    Differs from the paper: not halved, as in the released LD code, whose weight is used here.
+    """
+    return (student - teacher.detach()).square().mean(dim=-1)
 
 
 class PKD(Spec):
@@ -72,7 +87,7 @@ class PKD(Spec):
     def __call__(self, pair: Pair, _where: Where, _norm: Normalizer) -> Float[Tensor, ""]:
         """Return the sum over levels, padding included.
 
-        Normalized by: the elements of each level's map.
+        Normalized by: the elements of each level's map; channels are standardised over the rank's own images.
         """
         levels = zip(level_maps(pair.student, "features"), level_maps(pair.teacher, "features"), strict=True)
         return self.weight * torch.stack([pearson_distance(student, teacher) for student, teacher in levels]).sum()
