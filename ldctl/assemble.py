@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,10 +14,12 @@ from pydantic import ValidationError
 
 from ldctl import checkpoint, distributed, toml
 from ldctl.checkpoint import CheckpointMeta
-from ldctl.data import DataSpec, check_classes, open_dataset
+from ldctl.classes import ClassMatch, match_names
+from ldctl.data import DataSpec, check_classes, in_class_order, open_dataset
 from ldctl.data.check import inspect
 from ldctl.errors import CheckpointError, MissingError, SpecError
 from ldctl.models.detector import Detector, ModelSpec, initialize
+from ldctl.pairing import SharedClasses
 from ldctl.run_folder import FAULTS_FILE
 from ldctl.spec import DistillationSpec, DistillSpec, RunSpec, TrainSpec
 from ldctl.step import Teaching
@@ -109,15 +111,43 @@ class Setting:
         return hashlib.sha256(f"{self.train_set.fingerprint} {self.val_set.fingerprint}".encode()).hexdigest()
 
 
-def open_data(spec: DataSpec, device: torch.device, *, quiet: bool) -> Setting:
-    """Open and check both splits; say what is wrong with the data and what is done about it.
+@dataclass(frozen=True)
+class Annotations:
+    """Both splits as their annotation files say; no image was looked at.
+
+    Attributes:
+        train: To train on.
+        val: To evaluate on; of the same classes.
+    """
+
+    train: Dataset
+    val: Dataset
+
+
+def read_annotations(spec: DataSpec) -> Annotations:
+    """Read what the annotation files of both splits say.
 
     Raises:
-        DataError: There is no data, or nothing of it is usable.
+        DataError: There is no data, or its splits have not the same classes.
     """
-    inspections = [inspect(open_dataset(spec, split)) for split in ("train", "val")]
+    train, val = (open_dataset(spec, split) for split in ("train", "val"))
+    check_classes(train, val)
+    return Annotations(train, val)
+
+
+def open_data(spec: DataSpec, device: torch.device, *, quiet: bool) -> Setting:
+    """Read and check both splits; see `look_at`."""
+    return look_at(read_annotations(spec), device, quiet=quiet)
+
+
+def look_at(annotations: Annotations, device: torch.device, *, quiet: bool) -> Setting:
+    """Check the images of both splits; say what is wrong with the data and what is done about it.
+
+    Raises:
+        DataError: Nothing of the data is usable.
+    """
+    inspections = [inspect(dataset) for dataset in (annotations.train, annotations.val)]
     train_set, val_set = (one.dataset for one in inspections)
-    check_classes(train_set, val_set)
     faults = tuple(str(fault) for one in inspections for fault in one.faults)
     note_faults(faults, f", all in {FAULTS_FILE} of the run's folder")
     for name, one in (("train", train_set), ("val", val_set)):
@@ -163,14 +193,50 @@ def check_initial_weights(models: Iterable[ModelSpec]) -> None:
             initialize(Detector(model, num_classes=1))
 
 
-def hire(path: Path, distill: DistillationSpec, device: torch.device) -> Teaching:
+def compare_classes(given: Path | None, spec: DistillSpec, classes: tuple[str, ...]) -> ClassMatch:
+    """Tell which of the data's classes the teacher knows, and refuse terms that have nothing to look at then.
+
+    Args:
+        given: The teacher's file; none for one that is trained on the same data.
+        spec: Names of classes, terms.
+        classes: The data's.
+
+    Raises:
+        SpecError: See `match_names` and `DistillationSpec.check_classes`.
+    """
+    match = match_names(classes, checkpoint.load_meta(given).classes if given else classes, spec.teacher.classes)
+    spec.distill.check_classes(match)
+    return match
+
+
+def in_teachers_order(setting: Setting, match: ClassMatch) -> Setting:
+    """Count the data's classes as the teacher does, where it knows them all and no others."""
+    if not match.is_complete:
+        return setting
+    train_set, val_set = (in_class_order(one, match.in_teachers_order) for one in (setting.train_set, setting.val_set))
+    return replace(setting, train_set=train_set, val_set=val_set)
+
+
+def hire(path: Path, distill: DistillationSpec, device: torch.device, match: ClassMatch | None = None) -> Teaching:
     """Load a teacher: frozen, in evaluation mode.
+
+    Args:
+        path: Its checkpoint.
+        distill: What to learn from it.
+        device: Where to compute.
+        match: Its classes and the student's; unless given, they are the same in the same order.
 
     Raises:
         CheckpointError: See `load_detector`.
     """
     teacher, _ = load_detector(path)
-    return Teaching(teacher.eval().requires_grad_(False).to(device), distill, checkpoint.sha256(path))
+    shared = None
+    if match and not match.is_complete:
+        student_class, teacher_class = (
+            torch.tensor(match.pairs, dtype=torch.int64, device=device).view(-1, 2).unbind(dim=1)
+        )
+        shared = SharedClasses(student_class, teacher_class)
+    return Teaching(teacher.eval().requires_grad_(False).to(device), distill, checkpoint.sha256(path), shared)
 
 
 def make_job(

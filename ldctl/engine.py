@@ -15,12 +15,16 @@ from ldctl.assemble import (
     Setting,
     check_initial_weights,
     choose_device,
+    compare_classes,
     hire,
+    in_teachers_order,
     load_detector,
+    look_at,
     make_job,
     note,
     note_faults,
     open_data,
+    read_annotations,
     start,
 )
 from ldctl.checkpoint import CheckpointMeta
@@ -39,7 +43,6 @@ from ldctl.spec import (
     EvalSpec,
     ExportSpec,
     RunSpec,
-    TaughtSpec,
     TeacherSpec,
     TrainSpec,
     load,
@@ -151,27 +154,30 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
     """Distil a student; before it train the teacher, where there is none, then its assistant and the plain student.
 
     Returns:
-        The metrics of the teacher, and of the best checkpoint of `student`, and of `assistant` and `plain` where they
-        were asked for; all but the teacher's without AP per class.
+        The metrics of the teacher, unless its classes are not the data's, and of the best checkpoint of `student`, and
+        of `assistant` and `plain` where they were asked for; all but the teacher's without AP per class.
     """
     device = start(spec)
     folder = check_output(spec, resume=resume)
     given = Path(spec.teacher.path) if spec.teacher.path else None
     if given:
         check_heads(checkpoint.load_meta(given), spec, given)  # before any data is read
-    setting = open_data(spec.data, device, quiet=quiet)
+    annotations = read_annotations(spec.data)
+    match = compare_classes(given, spec, annotations.train.classes)  # before any image is looked at
+    setting = in_teachers_order(look_at(annotations, device, quiet=quiet), match)
     if not resume:
         models = (None if given else spec.teacher.model, spec.assistant and spec.assistant.model, spec.student)
         check_initial_weights(model for model in models if model)
-    spec.distill.check_classes(len(setting.train_set.classes))
-    if given:
-        meta = checkpoint.load_meta(given)
-        train_set, val_set = (match_classes(meta, one, given) for one in (setting.train_set, setting.val_set))
-        setting = replace(setting, train_set=train_set, val_set=val_set)
-    open_folder(spec, folder, setting.faults)
+    if str(match):
+        note(str(match))
+    open_folder(spec, folder, setting.faults, str(match))
     path = given or train_own_teacher(spec, folder, setting, resume=resume)
-    teaching = hire(path, spec.distill, device)
-    results = {"teacher": examine(teaching.teacher, path, spec, setting)}
+    teaching = hire(path, spec.distill, device, match)
+    results = {}
+    if match.is_complete:
+        results["teacher"] = examine(teaching.teacher, path, spec, setting)
+    else:
+        note("teacher: its classes are not the data's, so its AP on these images is not known")
     if spec.assistant:
         results["assistant"] = train_assistant(spec, spec.assistant, path, folder, setting, teaching, resume=resume)
         teaching = hire(folder / "assistant" / BEST_FILE, spec.distill, device)
@@ -249,7 +255,7 @@ def train_assistant(
 ) -> Metrics:
     """Distil the teacher's assistant, who will teach the student, in the same way as the student."""
     changed = {
-        "teacher": TaughtSpec(path=str(teacher)),
+        "teacher": spec.teacher.model_copy(update={"path": str(teacher), "model": None}),
         "assistant": None,
         "student": assistant.model,
         "train": assistant.train or spec.train,

@@ -55,8 +55,14 @@ def check_output(spec: RunSpec, *, resume: bool) -> Path:
     return folder
 
 
-def open_folder(spec: RunSpec, folder: Path, faults: tuple[str, ...]) -> None:
+def open_folder(spec: RunSpec, folder: Path, faults: tuple[str, ...], remark: str = "") -> None:
     """Make the folder, and write what is to be run and what is wrong with its data.
+
+    Args:
+        spec: What is to be run.
+        folder: Where.
+        faults: What is wrong with the data, a line each.
+        remark: What else is known of the run before it starts: a comment in its spec.
 
     Raises:
         OutputError: It cannot be written.
@@ -65,7 +71,8 @@ def open_folder(spec: RunSpec, folder: Path, faults: tuple[str, ...]) -> None:
     if distributed.is_main():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / SPEC_FILE).write_text(HEADER + toml.dumps(spec))
+            comment = f"# {' '.join(remark.split())}\n\n" if remark else ""
+            (folder / SPEC_FILE).write_text(HEADER + comment + toml.dumps(spec))
             if faults:
                 (folder / FAULTS_FILE).write_text("".join(f"{fault}\n" for fault in faults))
         except OSError as error:

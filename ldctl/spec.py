@@ -5,9 +5,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ldctl import toml
+from ldctl.classes import ClassMatch
 from ldctl.data import DataSpec
 from ldctl.distill import CWD, KD, LD, PKD, BinaryKD, CrossKDBox, CrossKDClass, Imitation, Term
 from ldctl.errors import SpecError
@@ -16,6 +17,9 @@ from ldctl.models.detector import ModelSpec, PostprocessSpec
 from ldctl.optim import EmaSpec, OptimSpec, ScheduleSpec
 from ldctl.regions import RegionSpec
 from ldctl.schema import Spec
+from ldctl.toml_text import literal
+
+CLASS_FREE = (LD,)  # terms that do not look at class logits
 
 
 class TrainSpec(Spec):
@@ -113,14 +117,24 @@ class DistillationSpec(RegionSpec):
         """Return whether a term compares the student's own edge distributions with the teacher's."""
         return any(isinstance(term, LD) for term in self.terms)
 
-    def check_classes(self, num_classes: int) -> None:
-        """Refuse a softmax over a single class, whose loss would always be zero.
+    def check_classes(self, match: ClassMatch) -> None:
+        """Refuse terms on classes where none is shared, and a softmax over a single one, which would always be zero.
 
         Raises:
-            SpecError: One class, and a `kd` term.
+            SpecError: Names the term, and what works instead.
         """
         for index, term in enumerate(self.terms):
-            if num_classes == 1 and isinstance(term, KD):
+            if not match.pairs and not isinstance(term, CLASS_FREE):
+                left = [other for other in self.terms if isinstance(other, CLASS_FREE)] or [LD()]
+                terms = literal([{"kind": other.kind, **other.model_dump(exclude_defaults=True)} for other in left])
+                raise SpecError(
+                    f'distill.terms.{index}: "{term.kind}" compares class scores, but the teacher knows none of the '
+                    f"data's classes (the data has {', '.join(match.student)}; "
+                    f"the teacher {', '.join(match.teacher)}): "
+                    f"say which are the same with --set 'teacher.classes={{{literal(match.student[0])}=\"...\"}}', or "
+                    f"keep to terms that do not look at classes with --set 'distill.terms={terms}'"
+                )
+            if len(match.pairs) == 1 and isinstance(term, KD):
                 raise SpecError(
                     f'distill.terms.{index}: "kd" takes a softmax over classes, which says nothing of a single class: '
                     f"use --set 'distill.terms.{index}={{kind=\"binary_kd\"}}' or leave the term out"
@@ -135,17 +149,32 @@ class TaughtSpec(Spec):
             folder, when it is there already).
         model: What to train.
         train: How to train it.
+        classes: The name that the teacher has for some of the data's classes, where names differ by more than upper and
+            lower case, spaces and underscores. Terms on classes see the classes that both know; LD does not look at
+            classes.
     """
 
     path: str | None = None
     model: ModelSpec | None = None
     train: TrainSpec = TrainSpec()
+    classes: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_source(self) -> "TaughtSpec":
         if self.path is None and self.model is None:
             raise ValueError("no teacher: pass --teacher FILE, or say in [teacher.model] what to train first")
+        if self.path is None and self.classes:
+            raise ValueError(
+                "classes are named for a teacher's file: pass --teacher FILE, or leave out teacher.classes"
+            )
         return self
+
+    @field_validator("classes")
+    @classmethod
+    def _check_distinct(cls, classes: dict[str, str]) -> dict[str, str]:
+        if repeated := sorted({name for name in classes.values() if list(classes.values()).count(name) > 1}):
+            raise ValueError(f"the teacher's {', '.join(repeated)} cannot stand for two classes: name each once")
+        return classes
 
 
 class AssistantSpec(Spec):

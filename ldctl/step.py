@@ -13,6 +13,7 @@ from ldctl.distill.crosskd import aligned_towers
 from ldctl.distributed import reduce_mean
 from ldctl.losses import LossSpec, detection_losses, normalizer
 from ldctl.models.detector import Detector
+from ldctl.pairing import SharedClasses, share_classes
 from ldctl.regions import main_region, region
 from ldctl.spec import DistillationSpec
 from ldctl.types import Batch, Dense, Pair, Targets, Where
@@ -26,11 +27,13 @@ class Teaching:
         teacher: Frozen, in evaluation mode, on the student's device.
         spec: The terms and their regions.
         sha256: Hash of the teacher's file.
+        shared: The classes that both know; none where they have the same in the same order.
     """
 
     teacher: Detector
     spec: DistillationSpec
     sha256: str
+    shared: SharedClasses | None = None
 
 
 class Learner(nn.Module):
@@ -103,6 +106,7 @@ def training_losses(
     where: dict[str, Where] = {"main": main}
     for name in sorted({term.region for term in teaching.spec.terms} - {"main"}):
         where[name] = region(name, teaching.spec, pair, assigned, batch.targets)  # synchronises, but for "all"
+    pair = share_classes(pair, teaching.shared)
     return named | {term.name: term(pair, where[term.region], norm) for term in teaching.spec.terms}
 
 

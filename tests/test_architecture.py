@@ -20,6 +20,8 @@ LAYERS = (
         "models",
         "data",
         "checkpoint",
+        "classes",
+        "pairing",
         "mmdet",
         "export",
         "metrics",

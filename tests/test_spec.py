@@ -8,6 +8,7 @@ import pytest
 from conftest import Deviations
 
 from ldctl import spec
+from ldctl.classes import match_names
 from ldctl.distill import KD, LD, BinaryKD
 from ldctl.errors import SpecError
 from ldctl.models.detector import MEAN, STD
@@ -102,6 +103,15 @@ def test_defaults_are_the_references_configuration(shared: Path, deviations: Dev
             "'crosskd_cls', 'crosskd_box', 'imitation', 'pkd' or 'cwd', given \"pkdd\"; did you mean 'pkd'?",
         ),
         (
+            'teacher.classes={cat="animal", dog="animal"}',
+            '--set teacher.classes={cat="animal", dog="animal"}: teacher.classes: the teacher\'s animal cannot stand '
+            "for two classes: name each once",
+        ),
+        (
+            "teacher.classes.cat=1",
+            "--set teacher.classes.cat=1: teacher.classes.cat: expected text in quotes, given 1",
+        ),
+        (
             "student.backbone.depth=19",
             "--set student.backbone.depth=19: student.backbone.depth: expected 18, 34, 50 or 101, given 19",
         ),
@@ -115,10 +125,35 @@ def test_what_is_refused(assignment: str, message: str) -> None:
 
 def test_softmax_over_one_class_is_refused() -> None:
     both = DistillationSpec(terms=(LD(), KD()))
-    both.check_classes(2)
-    DistillationSpec().check_classes(1)
+    one, two = (match_names(names, ("a", "b"), {}) for names in (("a", "c"), ("a", "b")))
+    both.check_classes(two)
+    DistillationSpec().check_classes(one)
     with pytest.raises(SpecError, match=r'^distill\.terms\.1: "kd" takes a softmax over classes'):
-        both.check_classes(1)
+        both.check_classes(one)
+
+
+@pytest.mark.parametrize(
+    ("terms", "index", "kind", "left"),
+    [
+        ((LD(weight=0.5), BinaryKD()), 1, "binary_kd", '[{kind = "ld", weight = 0.5}]'),
+        ((KD(), LD(region="vlr"), LD()), 0, "kd", '[{kind = "ld", region = "vlr"}, {kind = "ld"}]'),
+        ((BinaryKD(),), 0, "binary_kd", '[{kind = "ld"}]'),
+    ],
+)
+def test_terms_on_classes_without_a_shared_class_are_refused(
+    terms: tuple[LD | KD | BinaryKD, ...], index: int, kind: str, left: str
+) -> None:
+    none = match_names(("cat", "dog"), ("disc",), {})
+    with pytest.raises(SpecError) as caught:
+        DistillationSpec(terms=terms).check_classes(none)
+    assert str(caught.value) == (
+        f'distill.terms.{index}: "{kind}" compares class scores, but the teacher knows none of the data\'s classes '
+        "(the data has cat, dog; the teacher disc): say which are the same with --set "
+        '\'teacher.classes={"cat"="..."}\', or keep to terms that do not look at classes with --set '
+        f"'distill.terms={left}'"
+    )
+    again = load(f"distill.terms={left}")
+    again.distill.check_classes(none)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +183,14 @@ def test_a_teacher_comes_from_somewhere() -> None:
     message = "^teacher: no teacher: pass --teacher FILE, or say in [teacher.model] what to train first$"
     with pytest.raises(SpecError, match=re.escape(message[1:-1])):
         spec.load(DistillSpec, None, {}, [])
-    found = spec.load(DistillSpec, None, {}, ["teacher.model.backbone.depth=101"])
+    own = ["teacher.model.backbone.depth=101"]
+    with pytest.raises(SpecError) as caught:
+        spec.load(DistillSpec, None, {}, [*own, "teacher.classes.cat=tabby"])
+    assert str(caught.value) == (
+        "--set teacher.model.backbone.depth=101: teacher: classes are named for a teacher's file: pass --teacher FILE, "
+        "or leave out teacher.classes"
+    )
+    found = spec.load(DistillSpec, None, {}, own)
     assert found.teacher.model
     assert (found.teacher.path, found.teacher.model.backbone.depth) == (None, 101)
     assert found.teacher.train == TrainSpec()
