@@ -217,7 +217,14 @@ def in_teachers_order(setting: Setting, match: ClassMatch) -> Setting:
     return replace(setting, train_set=train_set, val_set=val_set)
 
 
-def hire(path: Path, distill: DistillationSpec, device: torch.device, match: ClassMatch | None = None) -> Teaching:
+def hire(
+    path: Path,
+    distill: DistillationSpec,
+    device: torch.device,
+    *,
+    match: ClassMatch | None = None,
+    scale: float = 1.0,
+) -> Teaching:
     """Load a teacher: frozen, in evaluation mode.
 
     Args:
@@ -225,6 +232,7 @@ def hire(path: Path, distill: DistillationSpec, device: torch.device, match: Cla
         distill: What to learn from it.
         device: Where to compute.
         match: Its classes and the student's; unless given, they are the same in the same order.
+        scale: At how many times the student's scale it sees an image.
 
     Raises:
         CheckpointError: See `load_detector`.
@@ -236,7 +244,13 @@ def hire(path: Path, distill: DistillationSpec, device: torch.device, match: Cla
             torch.tensor(match.pairs, dtype=torch.int64, device=device).view(-1, 2).unbind(dim=1)
         )
         shared = SharedClasses(student_class, teacher_class)
-    return Teaching(teacher.eval().requires_grad_(False).to(device), distill, checkpoint.sha256(path), shared)
+    return Teaching(
+        teacher=teacher.eval().requires_grad_(False).to(device),
+        spec=distill,
+        sha256=checkpoint.sha256(path),
+        shared=shared,
+        scale=scale,
+    )
 
 
 def make_job(

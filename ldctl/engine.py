@@ -172,7 +172,7 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
         note(str(match))
     open_folder(spec, folder, setting.faults, str(match))
     path = given or train_own_teacher(spec, folder, setting, resume=resume)
-    teaching = hire(path, spec.distill, device, match)
+    teaching = hire(path, spec.distill, device, match=match, scale=spec.teacher.scale)
     results = {}
     if match.is_complete:
         results["teacher"] = examine(teaching.teacher, path, spec, setting)
@@ -192,7 +192,7 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
 
 
 def examine(teacher: Detector, path: Path, spec: DistillSpec, setting: Setting) -> Metrics:
-    """Evaluate a teacher before anything is learnt from it, and hold that against what its file says.
+    """Evaluate a teacher at its own scale before anything is learnt from it; hold that against what its file says.
 
     A teacher that was loaded wrongly or does not fit the data is the commonest reason for a student that gains nothing.
     """
@@ -200,7 +200,7 @@ def examine(teacher: Detector, path: Path, spec: DistillSpec, setting: Setting) 
         found = predict(
             teacher,
             setting.val_set,
-            spec.data,
+            spec.data.scaled(spec.teacher.scale),
             spec.postprocess,
             batch_size=max(spec.train.batch // distributed.world_size(), 1),
             device=setting.device,
@@ -239,6 +239,7 @@ def train_own_teacher(spec: DistillSpec, folder: Path, setting: Setting, *, resu
     """Train the teacher that the spec describes; return its checkpoint."""
     assert spec.teacher.model is not None, "a spec without a teacher's path has its model"
     part = plain_part(spec, "teacher", spec.teacher.model, spec.teacher.train, folder)
+    part = part.model_copy(update={"data": spec.data.scaled(spec.teacher.scale)})  # which it will be shown later
     train_part(part, "teacher", spec.teacher.model, setting, resume=resume)
     return folder / "teacher" / BEST_FILE
 

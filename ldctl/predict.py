@@ -9,7 +9,7 @@ from ldctl import distributed
 from ldctl.data import DataSpec
 from ldctl.data.loader import eval_batches
 from ldctl.models.detector import Detector, PostprocessSpec, detect
-from ldctl.types import Batch, Dataset, Detections, Targets
+from ldctl.types import Batch, Dataset, Detections, Scaled, Targets
 
 
 def predict(
@@ -60,4 +60,5 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return value.to(device, non_blocking=True)
 
     targets = Targets(*(move(value) for value in vars(batch.targets).values()))
-    return Batch(move(batch.images), move(batch.size_hw), move(batch.original_hw), batch.image_id, targets)
+    other = batch.for_teacher and Scaled(move(batch.for_teacher.images), move(batch.for_teacher.size_hw))
+    return Batch(move(batch.images), move(batch.size_hw), move(batch.original_hw), batch.image_id, targets, other)

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ldctl import toml
 from ldctl.classes import ClassMatch
-from ldctl.data import DataSpec
+from ldctl.data import SMALLEST_SIDE, DataSpec
 from ldctl.distill import CWD, KD, LD, PKD, BinaryKD, CrossKDBox, CrossKDClass, Imitation, Term
 from ldctl.errors import SpecError
 from ldctl.losses import LossSpec
@@ -20,6 +20,7 @@ from ldctl.schema import Spec
 from ldctl.toml_text import literal
 
 CLASS_FREE = (LD,)  # terms that do not look at class logits
+SCALES = (0.5, 1.0, 2.0)  # powers of two; at 4 no more than three of five levels would have a partner
 
 
 class TrainSpec(Spec):
@@ -152,12 +153,17 @@ class TaughtSpec(Spec):
         classes: The name that the teacher has for some of the data's classes, where names differ by more than upper and
             lower case, spaces and underscores. Terms on classes see the classes that both know; LD does not look at
             classes.
+        scale: At how many times the student's input size the teacher sees the same view of an image, with the detail
+            that the stored image has: 0.5, 1 or 2. Levels of the two pyramids are then compared that lie at the same
+            places of the image; no term looks at the one level of the student that has no such partner: its coarsest at
+            2, its finest at 0.5, which small objects are on. At other scales no places would be the same.
     """
 
     path: str | None = None
     model: ModelSpec | None = None
     train: TrainSpec = TrainSpec()
     classes: dict[str, str] = Field(default_factory=dict)
+    scale: float = 1.0
 
     @model_validator(mode="after")
     def _check_source(self) -> "TaughtSpec":
@@ -168,6 +174,16 @@ class TaughtSpec(Spec):
                 "classes are named for a teacher's file: pass --teacher FILE, or leave out teacher.classes"
             )
         return self
+
+    @field_validator("scale")
+    @classmethod
+    def _check_scale(cls, scale: float) -> float:
+        if scale not in SCALES:
+            raise ValueError(
+                f"{scale:g} times the student's size puts the teacher's locations at other places than the student's: "
+                "take 0.5, 1 or 2"
+            )
+        return scale
 
     @field_validator("classes")
     @classmethod
@@ -236,6 +252,15 @@ class DistillSpec(RunSpec):
     student: ModelSpec = ModelSpec()
     distill: DistillationSpec = DistillationSpec()
     compare: bool = False
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> "DistillSpec":
+        if self.data.scaled(self.teacher.scale).short_side[0] < SMALLEST_SIDE:
+            raise ValueError(
+                f"teacher.scale {self.teacher.scale:g} with data.short_side {list(self.data.short_side)} shows the "
+                f"teacher images under {SMALLEST_SIDE} px: pass --set teacher.scale=1, or larger images"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_heads(self) -> "DistillSpec":

@@ -1,5 +1,6 @@
 """One training step, from a batch to its losses: the whole method on one screen."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -13,10 +14,10 @@ from ldctl.distill.crosskd import aligned_towers
 from ldctl.distributed import reduce_mean
 from ldctl.losses import LossSpec, detection_losses, normalizer
 from ldctl.models.detector import Detector
-from ldctl.pairing import SharedClasses, share_classes
+from ldctl.pairing import SharedClasses, in_teachers_levels, share_assigned, share_classes, share_levels
 from ldctl.regions import main_region, region
 from ldctl.spec import DistillationSpec
-from ldctl.types import Batch, Dense, Pair, Targets, Where
+from ldctl.types import Batch, Dense, Pair, Scaled, Targets, Where
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,19 @@ class Teaching:
         spec: The terms and their regions.
         sha256: Hash of the teacher's file.
         shared: The classes that both know; none where they have the same in the same order.
+        scale: At how many times the student's scale the teacher sees an image; a power of two.
     """
 
     teacher: Detector
     spec: DistillationSpec
     sha256: str
     shared: SharedClasses | None = None
+    scale: float = 1.0
+
+    @property
+    def level_shift(self) -> int:
+        """Return how many levels coarser the teacher's pyramid level is that matches one of the student's."""
+        return round(math.log2(self.scale))
 
 
 class Learner(nn.Module):
@@ -89,7 +97,7 @@ def training_losses(
         bf16: Run both networks, but nothing of the losses, in bfloat16.
     """
     autocast = torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16)
-    images = detector.normalize(batch.images, batch.size_hw)  # the teacher's statistics are the same constants
+    images = detector.normalize(batch.images, batch.size_hw)
     with autocast:
         dense = learner(images)
     assigned = assign(dense.locations, batch.targets, padded_hw(batch.size_hw), detector.num_classes)
@@ -102,7 +110,10 @@ def training_losses(
         return named
 
     with autocast:
-        pair = compare(teaching, images, dense)
+        pair = compare(teaching, batch, images, dense)
+    if shift := teaching.level_shift:
+        pair, assigned = share_levels(pair, shift), share_assigned(assigned, dense.locations, shift)
+        main = main_region(pair.student.cls, assigned, pair.student.locations)  # synchronises, as above
     where: dict[str, Where] = {"main": main}
     for name in sorted({term.region for term in teaching.spec.terms} - {"main"}):
         where[name] = region(name, teaching.spec, pair, assigned, batch.targets)  # synchronises, but for "all"
@@ -110,17 +121,27 @@ def training_losses(
     return named | {term.name: term(pair, where[term.region], norm) for term in teaching.spec.terms}
 
 
-def compare(teaching: Teaching, images: Float[Tensor, "B 3 H W"], student: Dense) -> Pair:
-    """Return what the teacher says of the same images; if a term asks, also what its head makes of the student's maps.
+def compare(teaching: Teaching, batch: Batch, images: Float[Tensor, "B 3 H W"], student: Dense) -> Pair:
+    """Return what student and teacher say of the same views, at all levels and of all classes.
 
-    The teacher is frozen, but cross-head predictions carry gradient through its head to the student.
+    If a term asks, also what the teacher's head makes of the student's maps. The teacher is frozen, but cross-head
+    predictions carry gradient through its head to the student.
+
+    Args:
+        teaching: The teacher, and what is learnt from it.
+        batch: What the teacher sees, where that is of another scale.
+        images: What the student saw; the teacher's input statistics are the same constants.
+        student: The student's predictions.
     """
-    cut, towers = teaching.spec.tower_cut, teaching.spec.crossed_towers
+    cut, towers, seen = teaching.spec.tower_cut, teaching.spec.crossed_towers, images
+    if batch.for_teacher is not None:
+        seen = teaching.teacher.normalize(batch.for_teacher.images, batch.for_teacher.size_hw)
     with torch.no_grad():
-        teacher: Dense = teaching.teacher(images, cut)
+        teacher: Dense = teaching.teacher(seen, cut)
     if not towers:
         return Pair(student, teacher)
-    aligned = aligned_towers(student.towers, teacher.towers, towers)
+    maps = in_teachers_levels(student.towers, teacher.towers, teaching.level_shift)
+    aligned = aligned_towers(maps, teacher.towers, towers)
     return Pair(student, teacher, crossed=teaching.teacher.head.resume(aligned, cut, teacher.features))
 
 
@@ -168,6 +189,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
             batch.original_hw[cut],
             batch.image_id[cut],
             Targets(*(value[cut] for value in vars(batch.targets).values())),
+            batch.for_teacher and Scaled(batch.for_teacher.images[cut], batch.for_teacher.size_hw[cut]),
         )
         for cut in cuts
     ]

@@ -179,6 +179,7 @@ class Trainer:
             first_step=first_step,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
+            teacher_scale=job.teaching.scale if job.teaching else 1.0,
         )
         unseen, waited, mark = 0, 0.0, time.monotonic()
         for batch in batches:

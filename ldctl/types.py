@@ -111,6 +111,19 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """The images of a batch at another scale, each resized from its stored image by itself.
+
+    Attributes:
+        images: RGB, padded like the batch's, but for the scale.
+        size_hw: Height and width of each image in `images`, without padding.
+    """
+
+    images: UInt8[Tensor, "B 3 h w"]
+    size_hw: Int[Tensor, "B 2"]
+
+
+@dataclass(frozen=True)
 class Batch:
     """Images as the loader yields them, and their objects.
 
@@ -120,6 +133,7 @@ class Batch:
         original_hw: Height and width of the stored image; detections are scaled back to it.
         image_id: The images' ids in their annotation file.
         targets: Objects to train on, without crowds. No objects (`G == 0`) in evaluation batches.
+        for_teacher: The same views for a teacher that looks at another scale.
     """
 
     images: UInt8[Tensor, "B 3 H W"]
@@ -127,6 +141,7 @@ class Batch:
     original_hw: Int[Tensor, "B 2"]
     image_id: tuple[int, ...]
     targets: Targets
+    for_teacher: Scaled | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from datasets import image_dataset
 
 from ldctl.data import DataSpec
-from ldctl.data.augment import place, show, train_view
+from ldctl.data.augment import place, scaled, show, train_view
 from ldctl.data.loader import epoch_order, eval_batches, num_steps, train_batches, usable_workers
 from ldctl.errors import DataError, SpecError
 from ldctl.types import Batch, Dataset, Sample
@@ -25,7 +25,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return image_dataset(tmp_path_factory.mktemp("images"), [WIDE] * 5 + [TALL] * 4 + [SQUARE] * 2 + [WIDE] * 2)
 
 
-def batches(dataset: Dataset, spec: DataSpec = SPEC, **more: int) -> list[Batch]:
+def batches(dataset: Dataset, spec: DataSpec = SPEC, **more: float) -> list[Batch]:
     options = {"batch_size": 4, "seed": 3, "epoch": 1} | more
     return list(train_batches(dataset, spec, **options))
 
@@ -72,6 +72,31 @@ def test_a_batch_holds_the_views_of_its_images(dataset: Dataset) -> None:
             assert torch.equal(batch.targets.gt_xyxy[row, :count], torch.from_numpy(found.xyxy))
             assert torch.equal(batch.targets.gt_label[row, :count], torch.from_numpy(found.label))
             assert batch.targets.gt_xyxy[row, count:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_a_teacher_sees_the_same_views_at_its_own_scale(dataset: Dataset, scale: float) -> None:
+    """Resized from the stored image, not from what the student sees; which stays what it is."""
+    plain = batches(dataset)
+    both = batches(dataset, teacher_scale=scale)
+    assert_same(both, plain)
+    assert all(batch.for_teacher is None for batch in plain)
+    by_id = {sample.image_id: (index, sample) for index, sample in enumerate(dataset.samples)}
+    flips = set()
+    for batch in both:
+        seen = batch.for_teacher
+        assert seen is not None
+        assert [side / scale for side in seen.images.shape[2:]] == list(batch.images.shape[2:])
+        for row, image_id in enumerate(batch.image_id):
+            index, sample = by_id[image_id]
+            view = scaled(train_view(sample, SPEC, 3, 1, index), scale)
+            flips.add(view.is_flipped)
+            height, width = seen.size_hw[row].tolist()
+            assert (height, width) == (view.height, view.width)
+            assert (abs(seen.size_hw[row] - scale * batch.size_hw[row]) <= 0.5).all()
+            assert torch.equal(seen.images[row, :, :height, :width], show(dataset.read(sample), view))
+            assert seen.images[row, :, height:].sum() == seen.images[row, :, :, width:].sum() == 0
+    assert flips == {True, False}
 
 
 def test_a_batch_without_objects_has_none(tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
-"""Comparing detectors that differ in classes."""
+"""Comparing detectors that differ in classes or in the scale of what they see."""
 
 from dataclasses import replace
 
+import pytest
 import torch
-from scenes import grid, random_dense
+from scenes import STRIDES, grid, random_dense, targets_of
 from torch.testing import assert_close
 
-from ldctl.pairing import SharedClasses, share_classes
-from ldctl.types import Pair
+from ldctl.assign import assign
+from ldctl.boxes import encode_ltrb
+from ldctl.models import Detector, GFLHeadSpec, ModelSpec, ResNetSpec
+from ldctl.pairing import SharedClasses, partners, share_assigned, share_classes, share_levels
+from ldctl.types import Dense, Locations, Pair, TowerMaps
 
 HERE = grid(64, 96)
 
@@ -53,3 +57,74 @@ def test_the_order_of_the_teachers_classes_does_not_matter() -> None:
     first = share_classes(Pair(student, teacher), SharedClasses(index(0, 1), index(2, 3)))
     second = share_classes(Pair(student, turned), SharedClasses(index(0, 1), index(place[2], place[3])))
     assert torch.equal(first.teacher.cls, second.teacher.cls)
+
+
+# --- scales ---------------------------------------------------------------------------------------------------------
+
+
+def maps_of(locations: Locations) -> tuple[torch.Tensor, ...]:
+    """Return a map per level that holds the level's number."""
+    return tuple(torch.full((1, 1, *size), float(level)) for level, size in enumerate(locations.level_hw))
+
+
+def knowing(locations: Locations, xyxy: tuple[float, float, float, float]) -> Dense:
+    """Return predictions whose logits are the place of each location and its distances from the edges of a box."""
+    boxes = torch.tensor(xyxy).expand(len(locations.level), 4)
+    ltrb = encode_ltrb(locations.xy, boxes, locations.stride)
+    maps = maps_of(locations)
+    return Dense(locations.xy[None], ltrb[None, ..., None], maps, TowerMaps(maps, maps), locations)
+
+
+@pytest.mark.parametrize(("shift", "own", "other"), [(1, range(4), range(1, 5)), (-1, range(1, 5), range(4))])
+@pytest.mark.parametrize("size", [(64, 64), (96, 160), (32, 224)])  # of which halves are no multiples of 32
+def test_levels_pair_where_places_and_distances_are_the_same(
+    shift: int, own: range, other: range, size: tuple[int, int]
+) -> None:
+    scale = 2.0**shift
+    here, there = grid(*size), grid(int(size[0] * scale), int(size[1] * scale))
+    box = (8.0, 4.0, 40.0, 28.0)
+    student, teacher = knowing(here, box), knowing(there, tuple(scale * edge for edge in box))  # type: ignore[arg-type]
+    pair = share_levels(Pair(student, teacher, crossed=teacher), shift)
+    assert torch.equal(pair.teacher.cls, pair.student.cls * scale)
+    assert torch.equal(pair.teacher.edge, pair.student.edge)
+    found = pair.student.locations
+    assert found is pair.teacher.locations
+    assert found.level_stride == tuple(STRIDES[level] for level in own)
+    assert torch.equal(found.xy, student.cls[0, torch.isin(here.level, torch.tensor(own))])
+    assert torch.equal(found.level, torch.arange(4).repeat_interleave(torch.tensor(found.level_sizes)))
+    for maps in (pair.student.features, pair.student.towers.cls, pair.student.towers.edge):
+        assert [int(one.flatten()[0]) for one in maps] == list(own)
+    assert pair.crossed is not None
+    for dense in (pair.teacher, pair.crossed):
+        for maps in (dense.features, dense.towers.cls, dense.towers.edge):
+            assert [int(one.flatten()[0]) for one in maps] == list(other)
+
+
+def test_at_the_same_scale_all_levels_pair() -> None:
+    pair = Pair(*(random_dense(HERE, 1, 3, seed) for seed in (0, 1)))
+    assert share_levels(pair, 0) is pair
+    assert partners(0, 5) == (slice(0, 5), slice(0, 5))
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_assignment_at_shared_levels(shift: int) -> None:
+    targets = targets_of([[(4, 4, 60, 60, 1), (20, 30, 30, 44, 0)], [(0, 0, 63, 95, 2)]])
+    whole = assign(HERE, targets, torch.tensor([(64, 96), (32, 96)]), 3)
+    part = share_assigned(whole, HERE, shift)
+    kept = (HERE.level < 4) if shift == 1 else (HERE.level > 0)
+    for name in ("label", "gt_xyxy", "is_positive", "is_valid"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[:, kept])
+    assert part.threshold is whole.threshold
+    assert whole.is_positive[:, ~kept].any() or shift == 1
+
+
+def test_a_detectors_own_pyramid_pairs_with_itself_at_twice_the_size() -> None:
+    """Real maps, of a size whose half is no multiple of 32, have as many locations as `grid` says."""
+    spec = ModelSpec(
+        backbone=ResNetSpec(depth=18, width=0.125, init="none"), channels=32, head=GFLHeadSpec(num_convs=1)
+    )
+    detector = Detector(spec, 2).eval()
+    with torch.no_grad():
+        half, one, two = (detector(torch.zeros(1, 3, int(96 * s), int(160 * s))) for s in (0.5, 1, 2))
+    assert share_levels(Pair(one, two), 1).student.edge.shape[1] == 12 * 20 + 6 * 10 + 3 * 5 + 2 * 3
+    assert share_levels(Pair(one, half), -1).student.edge.shape[1] == 6 * 10 + 3 * 5 + 2 * 3 + 1 * 2

@@ -108,6 +108,11 @@ def test_defaults_are_the_references_configuration(shared: Path, deviations: Dev
             "for two classes: name each once",
         ),
         (
+            "teacher.scale=1.5",
+            "--set teacher.scale=1.5: teacher.scale: 1.5 times the student's size puts the teacher's locations at "
+            "other places than the student's: take 0.5, 1 or 2",
+        ),
+        (
             "teacher.classes.cat=1",
             "--set teacher.classes.cat=1: teacher.classes.cat: expected text in quotes, given 1",
         ),
@@ -121,6 +126,16 @@ def test_what_is_refused(assignment: str, message: str) -> None:
     with pytest.raises(SpecError) as caught:
         load(assignment)
     assert message in str(caught.value).splitlines()
+
+
+def test_a_teacher_sees_no_images_under_32_px() -> None:
+    load("teacher.scale=0.5", "data.short_side=[64,80]")
+    with pytest.raises(SpecError) as caught:
+        load("teacher.scale=0.5", "data.short_side=[48,80]")
+    assert str(caught.value) == (
+        "teacher.scale 0.5 with data.short_side [48, 80] shows the teacher images under 32 px: pass --set "
+        "teacher.scale=1, or larger images"
+    )
 
 
 def test_softmax_over_one_class_is_refused() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,10 +32,10 @@ from ldctl.metrics import Metrics, evaluate
 from ldctl.mmdet import from_mmdet
 from ldctl.models import Detector, ModelSpec, ResNetSpec
 from ldctl.optim import OptimSpec, build_optimizer, set_lr
-from ldctl.spec import DistillationSpec
+from ldctl.spec import DistillationSpec, TaughtSpec
 from ldctl.step import Learner, Teaching, gradient_shares, split, training_losses
 from ldctl.trainer import Job, Trainer
-from ldctl.types import Batch, Targets
+from ldctl.types import Batch, Dense, Scaled, Targets
 
 TRACE = Path(__file__).parent / "loss_trace.json"
 # 20 steps that lead away from the initial weights
@@ -377,6 +378,85 @@ def test_class_losses_do_not_depend_on_micro_batches(teacher: Path, parts: int) 
         assert_close(found[name], expected[name], rtol=1e-4, atol=0)
     for name in ("giou", "dfl"):  # a ratio of sums over each part
         assert_close(found[name], expected[name], rtol=0.3, atol=0)
+
+
+def own_teacher(job: Job) -> Job:
+    """Return the job with a copy of the teacher as the student."""
+    assert job.teaching
+    return replace(job, detector=deepcopy(job.teaching.teacher).requires_grad_())
+
+
+def losses_of(job: Job, batch: Batch) -> dict[str, Tensor]:
+    return training_losses(Learner(job.detector, job.teaching), job.detector, job.teaching, batch, LossSpec())
+
+
+def test_a_student_has_nothing_to_learn_from_itself(teacher: Path) -> None:
+    job = own_teacher(small_job(teacher))
+    losses = losses_of(job, first_batch(job))
+    for name in ("ld/main", "ld/vlr", "binary_kd/all"):
+        assert losses[name].abs() < 1e-5, name
+    assert losses["qfl"] > 1e-4
+
+
+def blown_up(batch: Batch, scale: int) -> Batch:
+    """Return the batch with what a teacher at a larger scale sees of images without detail."""
+    images = batch.images.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    return replace(batch, for_teacher=Scaled(images, batch.size_hw * scale))
+
+
+class Halved(Detector):
+    """Says of twice the size, on levels 1 to 4, what the detector says of the plain size on levels 0 to 3."""
+
+    def forward(self, images: Tensor, cut: int = 0) -> Dense:
+        whole, plain = super().forward(images, cut), super().forward(images[..., ::2, ::2], cut)
+        first, kept = whole.locations.level_sizes[0], sum(plain.locations.level_sizes[:4])
+        return replace(
+            whole,
+            cls=torch.cat((whole.cls[:, :first], plain.cls[:, :kept]), dim=1),
+            edge=torch.cat((whole.edge[:, :first], plain.edge[:, :kept]), dim=1),
+        )
+
+
+def test_a_teacher_at_twice_the_size_is_compared_place_by_place(teacher: Path) -> None:
+    """Which a teacher shows that says the same of the same places, one level further up."""
+    job = own_teacher(small_job(teacher))
+    assert job.teaching
+    batch = blown_up(first_batch(job), 2)
+    halved = deepcopy(job.teaching.teacher)
+    halved.__class__ = Halved
+    taught = replace(job, teaching=replace(job.teaching, teacher=halved, scale=2.0))
+    losses = losses_of(taught, batch)
+    for name in ("ld/main", "ld/vlr", "binary_kd/all"):
+        assert losses[name].abs() < 1e-5, name
+    really = losses_of(replace(job, teaching=replace(job.teaching, scale=2.0)), batch)
+    for name in ("ld/main", "ld/vlr", "binary_kd/all"):
+        assert really[name] > 1e-4, name
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_a_run_with_a_teacher_at_another_scale(teacher: Path, tmp_path: Path, scale: float) -> None:
+    """The first step's detection losses are those of the plain scale; what is learnt from the teacher is not."""
+    values = {"train__epochs": 1, "train__log_every": 1, "teacher__scale": scale}
+    engine.distill(runs.distill_spec(tmp_path / "run", teacher, **values), quiet=True)
+    engine.distill(runs.distill_spec(tmp_path / "plain", teacher, **values | {"teacher__scale": 1.0}), quiet=True)
+    found, plain = runs.trace(tmp_path / "run"), runs.trace(tmp_path / "plain")
+    assert {name: found[0][name] for name in ("qfl", "giou", "dfl")} == {
+        name: plain[0][name] for name in ("qfl", "giou", "dfl")
+    }
+    # the objects here are small: at half the size, the level that answers for them has no partner
+    assert (found[0]["ld/main"] > 0) == (scale > 1)
+    assert found[0]["binary_kd/all"] not in (0, plain[0]["binary_kd/all"])
+
+
+def test_a_teacher_that_is_trained_first_is_trained_at_its_own_scale(tmp_path: Path) -> None:
+    spec = runs.distill_spec(tmp_path / "run", Path("none"), train__epochs=1)
+    own = TaughtSpec(model=spec.student, train=spec.train, scale=2.0)
+    spec = spec.model_copy(update={"teacher": own, "data": spec.data.model_copy(update={"long_side": 96})})
+    results = engine.distill(spec, quiet=True)
+    meta = checkpoint.load_meta(tmp_path / "run/teacher/best.safetensors")
+    assert (meta.short_side, meta.long_side) == (128, 192)
+    assert math.isclose(results["teacher"].ap, meta.metrics["ap"], abs_tol=1e-9)
+    assert checkpoint.load_meta(tmp_path / "run/best.safetensors").short_side == 64
 
 
 def test_shares_of_the_gradient(teacher: Path) -> None:

@@ -78,6 +78,12 @@ def eval_view(sample: Sample, spec: DataSpec) -> View:
     return View(height, width, is_flipped=False)
 
 
+def scaled(view: View, scale: float) -> View:
+    """Return the view of the same image with its sides times `scale`, rounded, at least 1."""
+    height, width = (max(int(side * scale + 0.5), 1) for side in (view.height, view.width))
+    return View(height, width, view.is_flipped)
+
+
 def show(image: UInt8[Tensor, "3 H W"], view: View) -> UInt8[Tensor, "3 h w"]:
     """Return the pixels of a view.
 

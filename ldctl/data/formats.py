@@ -48,6 +48,11 @@ class DataSpec(Spec):
     flip: float = Field(default=0.5, ge=0, le=1)
     workers: int = Field(default=8, ge=0)
 
+    def scaled(self, scale: float) -> "DataSpec":
+        """Return the same data at sizes times `scale`."""
+        low, high, long_side = (int(side * scale + 0.5) for side in (*self.short_side, self.long_side))
+        return self.model_copy(update={"short_side": (low, high), "long_side": long_side})
+
     @model_validator(mode="after")
     def _check_sides(self) -> "DataSpec":
         low, high = self.short_side

@@ -24,13 +24,14 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from ldctl.boxes import PAD_MULTIPLE
-from ldctl.data.augment import View, eval_view, place, show, train_view
+from ldctl.data.augment import View, eval_view, place, scaled, show, train_view
 from ldctl.data.formats import DataSpec
 from ldctl.errors import DataError, SpecError
-from ldctl.types import Batch, Dataset, Targets
+from ldctl.types import Batch, Dataset, Scaled, Targets
 
-# What crosses from a worker: a few tensors (each costs a file handle), or the text of a DataError.
-_Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# What crosses from a worker: a few tensors (each costs a file handle; images and their sizes at each scale come last),
+# or the text of a DataError.
+_Packed = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def train_batches(
     first_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    teacher_scale: float = 1.0,
 ) -> Iterator[Batch]:
     """Yield the batches of an epoch, augmented.
 
@@ -77,6 +79,7 @@ def train_batches(
         first_step: Batches of the epoch to skip; nothing of them is read.
         rank: Which share of each global batch to yield: the images `rank`, `rank + world_size`, ...
         world_size: Number of ranks; divides `batch_size`.
+        teacher_scale: Unless 1, the views are also shown at this scale, for the teacher; a power of two from 1/2 on.
 
     Raises:
         DataError: An image cannot be read.
@@ -86,7 +89,11 @@ def train_batches(
         raise SpecError(f"train.batch {batch_size} cannot be shared by {world_size} ranks: make it a multiple of them")
     order = epoch_order(dataset, batch_size, seed, epoch)
     plan = _TrainPlan(dataset, spec, order, seed, epoch, rank, world_size)
-    yield from _load(_Batches(dataset, plan, with_targets=True), range(first_step, len(order)), spec.workers)
+    yield from _load(
+        _Batches(dataset, plan, with_targets=True, teacher_scale=teacher_scale),
+        range(first_step, len(order)),
+        spec.workers,
+    )
 
 
 def eval_batches(
@@ -170,6 +177,7 @@ class _Batches(TorchDataset[_Packed | str]):
     dataset: Dataset
     plan: Callable[[int], _Plan]
     with_targets: bool
+    teacher_scale: float = 1.0
 
     def __getitem__(self, step: int) -> _Packed | str:
         try:
@@ -179,9 +187,17 @@ class _Batches(TorchDataset[_Packed | str]):
 
     def _pack(self, plan: _Plan) -> _Packed:
         samples = [self.dataset.samples[index] for index in plan.index]
-        images = torch.zeros((len(samples), 3, *plan.padded_hw), dtype=torch.uint8)
-        for image, sample, view in zip(images, samples, plan.views, strict=True):
-            image[:, : view.height, : view.width] = show(self.dataset.read(sample), view)
+        scales = (1.0,) if self.teacher_scale == 1 else (1.0, self.teacher_scale)
+        height, width = plan.padded_hw
+        shown = [
+            torch.zeros((len(samples), 3, int(height * scale), int(width * scale)), dtype=torch.uint8)
+            for scale in scales
+        ]
+        for row, (sample, view) in enumerate(zip(samples, plan.views, strict=True)):
+            pixels = self.dataset.read(sample)
+            for images, scale in zip(shown, scales, strict=True):
+                part = scaled(view, scale)
+                images[row, :, : part.height, : part.width] = show(pixels, part)
         objects = [place(s, view) for s, view in zip(samples, plan.views, strict=True)] if self.with_targets else []
         most = max((len(found.label) for found in objects), default=0)
         xyxy = torch.zeros((len(samples), most, 4))
@@ -192,9 +208,9 @@ class _Batches(TorchDataset[_Packed | str]):
             xyxy[row, :count] = torch.from_numpy(found.xyxy)
             label[row, :count] = torch.from_numpy(found.label)
             is_object[row, :count] = True
-        size_hw = torch.tensor([(view.height, view.width) for view in plan.views])
+        sizes_hw = [_sizes_hw([scaled(view, scale) for view in plan.views]) for scale in scales]
         about = torch.tensor([(sample.height, sample.width, sample.image_id) for sample in samples])
-        return images, size_hw, about, xyxy, label, is_object
+        return about, xyxy, label, is_object, *shown, *sizes_hw
 
 
 def _load(batches: _Batches, steps: range, workers: int) -> Iterator[Batch]:
@@ -212,13 +228,15 @@ def _load(batches: _Batches, steps: range, workers: int) -> Iterator[Batch]:
     for packed in loader:
         if isinstance(packed, str):
             raise DataError(packed)
-        images, size_hw, about, xyxy, label, is_object = packed
+        about, xyxy, label, is_object, *shown = packed
+        images, sizes_hw = shown[: len(shown) // 2], shown[len(shown) // 2 :]
         yield Batch(
-            images=images,
-            size_hw=size_hw,
+            images=images[0],
+            size_hw=sizes_hw[0],
             original_hw=about[:, :2],
             image_id=tuple(about[:, 2].tolist()),
             targets=Targets(gt_xyxy=xyxy, gt_label=label, is_object=is_object),
+            for_teacher=Scaled(images[1], sizes_hw[1]) if len(images) > 1 else None,
         )
 
 
@@ -226,6 +244,10 @@ def _leave_signals(_: int) -> None:
     """Leave Ctrl-C and SIGTERM, which reach all processes of a group, to the main one: it stops after its step."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _sizes_hw(views: Sequence[View]) -> Int64[Tensor, "B 2"]:
+    return torch.tensor([(view.height, view.width) for view in views])
 
 
 def _common_size(views: Sequence[View]) -> tuple[int, int]:
