@@ -15,10 +15,19 @@ from pydantic import ValidationError
 from ldctl import checkpoint, distributed, toml
 from ldctl.checkpoint import CheckpointMeta
 from ldctl.classes import ClassMatch, match_names
-from ldctl.data import DataSpec, check_classes, in_class_order, open_dataset
+from ldctl.data import (
+    DataSpec,
+    as_many_labelled,
+    check_classes,
+    in_class_order,
+    join,
+    only_labelled,
+    open_dataset,
+    read_unlabelled,
+)
 from ldctl.data.check import inspect
 from ldctl.errors import CheckpointError, MissingError, SpecError
-from ldctl.models.detector import Detector, ModelSpec, initialize
+from ldctl.models.detector import Detector, ModelSpec, PostprocessSpec, initialize
 from ldctl.pairing import SharedClasses
 from ldctl.run_folder import FAULTS_FILE
 from ldctl.spec import DistillationSpec, DistillSpec, RunSpec, TrainSpec
@@ -106,6 +115,16 @@ class Setting:
     quiet: bool
 
     @property
+    def labelled(self) -> "Setting":
+        """Return the same without unlabelled images."""
+        return replace(self, train_set=only_labelled(self.train_set))
+
+    @property
+    def as_many_labelled(self) -> "Setting":
+        """Return the same with labelled images in the place of unlabelled ones: as many steps in an epoch."""
+        return replace(self, train_set=as_many_labelled(self.train_set))
+
+    @property
     def fingerprint(self) -> str:
         """Return a hash of both splits."""
         return hashlib.sha256(f"{self.train_set.fingerprint} {self.val_set.fingerprint}".encode()).hexdigest()
@@ -116,11 +135,11 @@ class Annotations:
     """Both splits as their annotation files say; no image was looked at.
 
     Attributes:
-        train: To train on.
+        train: To train on; none where only unlabelled images are.
         val: To evaluate on; of the same classes.
     """
 
-    train: Dataset
+    train: Dataset | None
     val: Dataset
 
 
@@ -130,6 +149,8 @@ def read_annotations(spec: DataSpec) -> Annotations:
     Raises:
         DataError: There is no data, or its splits have not the same classes.
     """
+    if spec.unlabelled_only:
+        return Annotations(None, open_dataset(spec, "val"))
     train, val = (open_dataset(spec, split) for split in ("train", "val"))
     check_classes(train, val)
     return Annotations(train, val)
@@ -137,23 +158,27 @@ def read_annotations(spec: DataSpec) -> Annotations:
 
 def open_data(spec: DataSpec, device: torch.device, *, quiet: bool) -> Setting:
     """Read and check both splits; see `look_at`."""
-    return look_at(read_annotations(spec), device, quiet=quiet)
+    return look_at(read_annotations(spec), spec, device, quiet=quiet)
 
 
-def look_at(annotations: Annotations, device: torch.device, *, quiet: bool) -> Setting:
-    """Check the images of both splits; say what is wrong with the data and what is done about it.
+def look_at(annotations: Annotations, spec: DataSpec, device: torch.device, *, quiet: bool) -> Setting:
+    """Check the images of both splits, and those without annotations; say what is wrong and what is done about it.
 
     Raises:
         DataError: Nothing of the data is usable.
     """
-    inspections = [inspect(dataset) for dataset in (annotations.train, annotations.val)]
-    train_set, val_set = (one.dataset for one in inspections)
-    faults = tuple(str(fault) for one in inspections for fault in one.faults)
+    unlabelled = read_unlabelled(Path(spec.unlabelled), annotations.val) if spec.unlabelled else None
+    given = {"train": annotations.train, "val": annotations.val, "unlabelled": unlabelled}
+    found = {name: inspect(dataset).dataset for name, dataset in given.items() if dataset is not None}
+    faults = tuple(str(fault) for one in found.values() for fault in one.faults)
     note_faults(faults, f", all in {FAULTS_FILE} of the run's folder")
-    for name, one in (("train", train_set), ("val", val_set)):
+    for name, one in found.items():
         boxes = sum(len(sample.label) for sample in one.samples)
-        note(f"{name}: {len(one.samples)} images, {boxes} boxes, {len(one.classes)} classes from {one.name}")
-    return Setting(device, train_set, val_set, faults, quiet)
+        what = "" if name == "unlabelled" else f", {boxes} boxes, {len(one.classes)} classes"
+        note(f"{name}: {len(one.samples)} images{what} from {one.name}")
+    train_sets = [found[name] for name in ("train", "unlabelled") if name in found]
+    train_set = join(*train_sets) if len(train_sets) > 1 else train_sets[0]
+    return Setting(device, train_set, found["val"], faults, quiet)
 
 
 def note_faults(faults: Sequence[str], rest: str = "") -> None:
@@ -202,10 +227,16 @@ def compare_classes(given: Path | None, spec: DistillSpec, classes: tuple[str, .
         classes: The data's.
 
     Raises:
-        SpecError: See `match_names` and `DistillationSpec.check_classes`.
+        SpecError: See `match_names` and `DistillationSpec.check_classes`; or no class is shared, and there are
+            unlabelled images.
     """
     match = match_names(classes, checkpoint.load_meta(given).classes if given else classes, spec.teacher.classes)
     spec.distill.check_classes(match)
+    if spec.data.unlabelled is not None and not match.pairs:
+        raise SpecError(
+            "data.unlabelled: what is in these images is what the teacher finds of the classes that it shares with the "
+            "data, and it shares none: say which are the same with --set 'teacher.classes={...}', or leave it out"
+        )
     return match
 
 
@@ -224,6 +255,7 @@ def hire(
     *,
     match: ClassMatch | None = None,
     scale: float = 1.0,
+    pseudo: PostprocessSpec | None = None,
 ) -> Teaching:
     """Load a teacher: frozen, in evaluation mode.
 
@@ -233,6 +265,7 @@ def hire(
         device: Where to compute.
         match: Its classes and the student's; unless given, they are the same in the same order.
         scale: At how many times the student's scale it sees an image.
+        pseudo: Which of its detections stand for objects in unlabelled images; none where there are no such images.
 
     Raises:
         CheckpointError: See `load_detector`.
@@ -250,6 +283,7 @@ def hire(
         sha256=checkpoint.sha256(path),
         shared=shared,
         scale=scale,
+        pseudo=pseudo,
     )
 
 

@@ -163,27 +163,32 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
     if given:
         check_heads(checkpoint.load_meta(given), spec, given)  # before any data is read
     annotations = read_annotations(spec.data)
-    match = compare_classes(given, spec, annotations.train.classes)  # before any image is looked at
-    setting = in_teachers_order(look_at(annotations, device, quiet=quiet), match)
+    match = compare_classes(given, spec, annotations.val.classes)  # before any image is looked at
+    setting = in_teachers_order(look_at(annotations, spec.data, device, quiet=quiet), match)
     if not resume:
         models = (None if given else spec.teacher.model, spec.assistant and spec.assistant.model, spec.student)
         check_initial_weights(model for model in models if model)
     if str(match):
         note(str(match))
     open_folder(spec, folder, setting.faults, str(match))
-    path = given or train_own_teacher(spec, folder, setting, resume=resume)
-    teaching = hire(path, spec.distill, device, match=match, scale=spec.teacher.scale)
+    path = given or train_own_teacher(spec, folder, setting.labelled, resume=resume)
+    pseudo = None
+    if spec.data.unlabelled:
+        pseudo = spec.postprocess.model_copy(update={"score_threshold": spec.distill.pseudo_score})
+    teaching = hire(path, spec.distill, device, match=match, scale=spec.teacher.scale, pseudo=pseudo)
     results = {}
     if match.is_complete:
-        results["teacher"] = examine(teaching.teacher, path, spec, setting)
+        results["teacher"] = examine(teaching.teacher, path, spec, setting.labelled)
     else:
         note("teacher: its classes are not the data's, so its AP on these images is not known")
     if spec.assistant:
         results["assistant"] = train_assistant(spec, spec.assistant, path, folder, setting, teaching, resume=resume)
-        teaching = hire(folder / "assistant" / BEST_FILE, spec.distill, device)
+        teaching = hire(folder / "assistant" / BEST_FILE, spec.distill, device, pseudo=pseudo)
     if spec.compare:
         part = plain_part(spec, "plain", spec.student, spec.train, folder)
-        results["plain"] = train_part(part, "plain", spec.student, setting, resume=resume)
+        if spec.data.unlabelled:
+            note("plain: trains on the labelled images alone, for as many steps as the student")
+        results["plain"] = train_part(part, "plain", spec.student, setting.as_many_labelled, resume=resume)
     results["student"] = run(make_job(spec, "student", folder, spec.student, setting, teaching))
     publish(spec, folder)
     print_metrics(results)
@@ -239,7 +244,7 @@ def train_own_teacher(spec: DistillSpec, folder: Path, setting: Setting, *, resu
     """Train the teacher that the spec describes; return its checkpoint."""
     assert spec.teacher.model is not None, "a spec without a teacher's path has its model"
     part = plain_part(spec, "teacher", spec.teacher.model, spec.teacher.train, folder)
-    part = part.model_copy(update={"data": spec.data.scaled(spec.teacher.scale)})  # which it will be shown later
+    part = part.model_copy(update={"data": part.data.scaled(spec.teacher.scale)})  # which it will be shown later
     train_part(part, "teacher", spec.teacher.model, setting, resume=resume)
     return folder / "teacher" / BEST_FILE
 
@@ -271,7 +276,7 @@ def plain_part(spec: DistillSpec, name: str, model: ModelSpec, train: TrainSpec,
     """Return the spec of a plain detector that is trained as part of a distillation run, in a folder below its own."""
     return TeacherSpec(
         model=model,
-        data=spec.data,
+        data=spec.data.labelled(),
         train=train,
         postprocess=spec.postprocess,
         device=spec.device,

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -79,11 +79,18 @@ def normalizer(kind: Literal["synced", "reference"], assigned: Assigned, main: W
         main: Their positives.
         parts: Micro-batches of the step, of which these images are one.
     """
-    num_positive = assigned.is_positive.sum(dim=1).clamp(min=1).sum()
-    counts = reduce_mean(torch.stack((num_positive.to(main.weight.dtype), main.weight.sum())))
+    num_positive = positive_count(assigned).to(main.weight.dtype)
+    counts = reduce_mean(torch.stack((num_positive, main.weight.sum())))
     floor = 1 / (world_size() * parts)
     weight_sum = counts[1] + 1e-6 if kind == "reference" else counts[1].clamp(min=floor)
-    return Normalizer(kind=kind, num_positive=counts[0], weight_sum=weight_sum)
+    # without an image that takes part, a loss is 0 and has to stay so
+    return Normalizer(kind=kind, num_positive=counts[0].clamp(min=floor), weight_sum=weight_sum)
+
+
+def positive_count(assigned: Assigned) -> Int64[Tensor, ""]:
+    """Count the positives, at least one for each image that takes part."""
+    at_least_one = assigned.is_positive.sum(dim=1).clamp(min=1)
+    return (at_least_one * assigned.is_valid.any(dim=1)).sum()
 
 
 def detection_losses(

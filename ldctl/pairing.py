@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from ldctl.types import Assigned, Dense, Locations, Pair, TowerMaps
@@ -138,3 +138,12 @@ def _rows(locations: Locations, levels: slice) -> slice:
     """Return the locations of some levels, which stand together."""
     sizes = locations.level_sizes
     return slice(sum(sizes[: levels.start]), sum(sizes[: levels.stop]))
+
+
+def of_images(assigned: Assigned, is_taking_part: Bool[Tensor, " B"]) -> Assigned:
+    """Return the assignment with no positive and no valid location in the other images: no loss looks at those."""
+    return replace(
+        assigned,
+        is_positive=assigned.is_positive & is_taking_part[:, None],
+        is_valid=assigned.is_valid & is_taking_part[:, None],
+    )

@@ -61,4 +61,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
     targets = Targets(*(move(value) for value in vars(batch.targets).values()))
     other = batch.for_teacher and Scaled(move(batch.for_teacher.images), move(batch.for_teacher.size_hw))
-    return Batch(move(batch.images), move(batch.size_hw), move(batch.original_hw), batch.image_id, targets, other)
+    return Batch(
+        images=move(batch.images),
+        size_hw=move(batch.size_hw),
+        original_hw=move(batch.original_hw),
+        image_id=batch.image_id,
+        targets=targets,
+        for_teacher=other,
+        is_labelled=None if batch.is_labelled is None else move(batch.is_labelled),
+    )

@@ -13,7 +13,16 @@ SPEC_FILE = "spec.toml"
 HEADER = "# The resolved spec of this run, written by ldctl.\n\n"
 FAULTS_FILE = "data_faults.txt"
 # What a resumed run may change: nothing of what it learns from. Another number of micro-batches rounds differently.
-RESUMABLE = ("device", "output", "data.path", "data.workers", "train.accumulate", "train.log_every", "train.save_every")
+RESUMABLE = (
+    "device",
+    "output",
+    "data.path",
+    "data.unlabelled",
+    "data.workers",
+    "train.accumulate",
+    "train.log_every",
+    "train.save_every",
+)
 
 
 def run_folder(output: str) -> Path:

@@ -19,8 +19,14 @@ from ldctl.regions import RegionSpec
 from ldctl.schema import Spec
 from ldctl.toml_text import literal
 
-CLASS_FREE = (LD,)  # terms that do not look at class logits
 SCALES = (0.5, 1.0, 2.0)  # powers of two; at 4 no more than three of five levels would have a partner
+
+
+def is_class_free(term: Term) -> bool:
+    """Return whether a term and its region look at no class logits, so that student and teacher need share no class."""
+    if isinstance(term, CWD):
+        return term.on == "features"
+    return isinstance(term, LD | PKD) or (isinstance(term, Imitation) and term.region != "gi")
 
 
 class TrainSpec(Spec):
@@ -75,12 +81,17 @@ class DistillationSpec(RegionSpec):
         cut: Behind which layer of the head's towers, counted from the image side in student and teacher alike, the
             `crosskd` terms hand the student's maps to the teacher's head; 0 hands over the pyramid's. The other terms
             have no use for it. Source: 3 of 4 was best in the CrossKD paper.
+        pseudo_score: In unlabelled images the teacher's detections above this score stand for objects, so that regions
+            can be drawn around them. The default is this project's choice, not measured: QFL's scores, which are of
+            class and overlap in one, stay below those of plain classifiers, of which Unbiased Teacher
+            (arXiv:2102.09480) takes 0.7.
         terms: The distillation losses. The default is LD in the main region and the VLR, with class distillation of the
             sigmoids, which also works with a single class; the released code's softmax KD is in the `ld-*` presets.
     """
 
     normalize: Literal["synced", "reference"] = "synced"
     cut: int = Field(default=3, ge=0)
+    pseudo_score: float = Field(default=0.3, gt=0, lt=1)
     terms: tuple[Term, ...] = Field(default=(LD(), LD(region="vlr", weight=0.0625), BinaryKD()), min_length=1)
 
     @model_validator(mode="after")
@@ -125,8 +136,8 @@ class DistillationSpec(RegionSpec):
             SpecError: Names the term, and what works instead.
         """
         for index, term in enumerate(self.terms):
-            if not match.pairs and not isinstance(term, CLASS_FREE):
-                left = [other for other in self.terms if isinstance(other, CLASS_FREE)] or [LD()]
+            if not match.pairs and not is_class_free(term):
+                left = [other for other in self.terms if is_class_free(other)] or [LD()]
                 terms = literal([{"kind": other.kind, **other.model_dump(exclude_defaults=True)} for other in left])
                 raise SpecError(
                     f'distill.terms.{index}: "{term.kind}" compares class scores, but the teacher knows none of the '
@@ -234,6 +245,15 @@ class TeacherSpec(RunSpec):
 
     model: ModelSpec = ModelSpec()
 
+    @model_validator(mode="after")
+    def _check_labelled(self) -> "TeacherSpec":
+        if self.data.unlabelled is not None:
+            raise ValueError(
+                "data.unlabelled: only a teacher can say what is in images without annotations: use `ldctl distill`, "
+                "or leave it out"
+            )
+        return self
+
 
 class DistillSpec(RunSpec):
     """`ldctl distill`: a student learns from a teacher.
@@ -252,6 +272,20 @@ class DistillSpec(RunSpec):
     student: ModelSpec = ModelSpec()
     distill: DistillationSpec = DistillationSpec()
     compare: bool = False
+
+    @model_validator(mode="after")
+    def _check_unlabelled(self) -> "DistillSpec":
+        if self.data.unlabelled_only and self.compare:
+            raise ValueError(
+                "compare trains a plain student, which cannot learn from images without annotations: leave out compare "
+                "or data.unlabelled_only"
+            )
+        if self.data.unlabelled_only and self.teacher.path is None:
+            raise ValueError(
+                "data.unlabelled_only leaves no annotated image to train a teacher on: pass --teacher FILE, or leave "
+                "it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_scale(self) -> "DistillSpec":

@@ -5,19 +5,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ldctl.assign import assign
 from ldctl.boxes import PAD_MULTIPLE, location_grid
 from ldctl.distill.crosskd import aligned_towers
-from ldctl.distributed import reduce_mean
-from ldctl.losses import LossSpec, detection_losses, normalizer
-from ldctl.models.detector import Detector
-from ldctl.pairing import SharedClasses, in_teachers_levels, share_assigned, share_classes, share_levels
+from ldctl.distributed import reduce_mean, world_size
+from ldctl.losses import LossSpec, detection_losses, normalizer, positive_count
+from ldctl.models.detector import Detector, PostprocessSpec
+from ldctl.models.pseudo import pseudo_objects
+from ldctl.pairing import (
+    SharedClasses,
+    in_teachers_levels,
+    of_images,
+    share_assigned,
+    share_classes,
+    share_levels,
+)
 from ldctl.regions import main_region, region
 from ldctl.spec import DistillationSpec
-from ldctl.types import Batch, Dense, Pair, Scaled, Targets, Where
+from ldctl.types import Assigned, Batch, Dense, Locations, Normalizer, Pair, Scaled, Targets, Where
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Teaching:
         sha256: Hash of the teacher's file.
         shared: The classes that both know; none where they have the same in the same order.
         scale: At how many times the student's scale the teacher sees an image; a power of two.
+        pseudo: Which of its detections stand for objects in unlabelled images; none where there are no such images.
     """
 
     teacher: Detector
@@ -37,11 +46,31 @@ class Teaching:
     sha256: str
     shared: SharedClasses | None = None
     scale: float = 1.0
+    pseudo: PostprocessSpec | None = None
 
     @property
     def level_shift(self) -> int:
         """Return how many levels coarser the teacher's pyramid level is that matches one of the student's."""
         return round(math.log2(self.scale))
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What distillation terms and their regions look at.
+
+    Attributes:
+        pair: What student and teacher say.
+        targets: The objects; in unlabelled images those that the teacher finds.
+        assigned: Which location answers for which object.
+        main: The locations that answer for one.
+        norm: What losses are divided by.
+    """
+
+    pair: Pair
+    targets: Targets
+    assigned: Assigned
+    main: Where
+    norm: Normalizer
 
 
 class Learner(nn.Module):
@@ -100,7 +129,7 @@ def training_losses(
     images = detector.normalize(batch.images, batch.size_hw)
     with autocast:
         dense = learner(images)
-    assigned = assign(dense.locations, batch.targets, padded_hw(batch.size_hw), detector.num_classes)
+    assigned = assign_labelled(dense.locations, batch, detector.num_classes)
     main = main_region(dense.cls, assigned, dense.locations)  # synchronises: number of positives
     norm = normalizer(teaching.spec.normalize if teaching else "synced", assigned, main, parts=parts)
     if num_positive is not None:
@@ -111,14 +140,17 @@ def training_losses(
 
     with autocast:
         pair = compare(teaching, batch, images, dense)
-    if shift := teaching.level_shift:
-        pair, assigned = share_levels(pair, shift), share_assigned(assigned, dense.locations, shift)
-        main = main_region(pair.student.cls, assigned, pair.student.locations)  # synchronises, as above
-    where: dict[str, Where] = {"main": main}
+    lesson = Lesson(pair, batch.targets, assigned, main, norm)
+    if batch.is_labelled is not None:
+        lesson = with_pseudo_objects(lesson, teaching, batch, batch.is_labelled, parts=parts)  # synchronises
+    if teaching.level_shift:
+        lesson = on_shared_levels(lesson, teaching.level_shift)  # synchronises
+    where: dict[str, Where] = {"main": lesson.main}
+    pair = share_classes(lesson.pair, teaching.shared)
     for name in sorted({term.region for term in teaching.spec.terms} - {"main"}):
-        where[name] = region(name, teaching.spec, pair, assigned, batch.targets)  # synchronises, but for "all"
-    pair = share_classes(pair, teaching.shared)
-    return named | {term.name: term(pair, where[term.region], norm) for term in teaching.spec.terms}
+        # synchronises, but for "all"
+        where[name] = region(name, teaching.spec, pair, lesson.assigned, lesson.targets)
+    return named | {term.name: term(pair, where[term.region], lesson.norm) for term in teaching.spec.terms}
 
 
 def compare(teaching: Teaching, batch: Batch, images: Float[Tensor, "B 3 H W"], student: Dense) -> Pair:
@@ -145,6 +177,52 @@ def compare(teaching: Teaching, batch: Batch, images: Float[Tensor, "B 3 H W"], 
     return Pair(student, teacher, crossed=teaching.teacher.head.resume(aligned, cut, teacher.features))
 
 
+def assign_labelled(locations: Locations, batch: Batch, num_classes: int) -> Assigned:
+    """Assign the annotated objects; no location of an unlabelled image is valid, so that no detection loss sees it."""
+    assigned = assign(locations, batch.targets, padded_hw(batch.size_hw), num_classes)
+    return assigned if batch.is_labelled is None else of_images(assigned, batch.is_labelled)
+
+
+def with_pseudo_objects(
+    lesson: Lesson, teaching: Teaching, batch: Batch, is_labelled: Bool[Tensor, " B"], *, parts: int
+) -> Lesson:
+    """Return the lesson with what the teacher finds in unlabelled images as their objects; labelled ones keep theirs.
+
+    Normalisers count over all images, since all teach. What they count depends on predictions here, so that of several
+    micro-batches each counts its own.
+
+    Args:
+        lesson: Of the labelled images, at all levels and of all classes.
+        teaching: The teacher, and which of its detections count.
+        batch: The images.
+        is_labelled: Which images need none.
+        parts: Micro-batches of the step.
+    """
+    assert teaching.pseudo is not None, "said with the images"
+    student = lesson.pair.student
+    seen = batch.for_teacher.size_hw if batch.for_teacher else batch.size_hw
+    teacher = share_classes(lesson.pair, teaching.shared).teacher
+    found = pseudo_objects(teacher, seen, ~is_labelled, teaching.pseudo)
+    label = found.gt_label if teaching.shared is None else teaching.shared.student[found.gt_label]
+    targets = Targets(
+        gt_xyxy=torch.cat((lesson.targets.gt_xyxy, found.gt_xyxy / teaching.scale), dim=1),
+        gt_label=torch.cat((lesson.targets.gt_label, label), dim=1),
+        is_object=torch.cat((lesson.targets.is_object, found.is_object), dim=1),
+    )
+    assigned = assign(student.locations, targets, padded_hw(batch.size_hw), student.cls.shape[-1])
+    main = main_region(student.cls, assigned, student.locations)
+    norm = normalizer(lesson.norm.kind, assigned, main, parts=parts)
+    return Lesson(lesson.pair, targets, assigned, main, norm)
+
+
+def on_shared_levels(lesson: Lesson, shift: int) -> Lesson:
+    """Return the lesson at the levels that student and teacher share; what losses are divided by stays."""
+    pair = share_levels(lesson.pair, shift)
+    assigned = share_assigned(lesson.assigned, lesson.pair.student.locations, shift)
+    main = main_region(pair.student.cls, assigned, pair.student.locations)
+    return replace(lesson, pair=pair, assigned=assigned, main=main)
+
+
 def gradient_shares(losses: dict[str, Float[Tensor, ""]], detector: Detector) -> Float[Tensor, " K"]:
     """Return each loss's share of the gradient at the pyramid's output layers, which all of them pass: norm over sum.
 
@@ -165,12 +243,12 @@ def gradient_shares(losses: dict[str, Float[Tensor, ""]], detector: Detector) ->
 
 
 def count_positive(detector: Detector, batch: Batch) -> Float[Tensor, ""]:
-    """Count the positives of a batch, at least one per image, averaged over ranks; needs no prediction."""
+    """Count the positives of a batch, at least one per labelled image, averaged over ranks; needs no prediction."""
     height, width = batch.images.shape[-2:]
     sizes_hw = tuple((-(-height // stride), -(-width // stride)) for stride in detector.strides)
     locations = location_grid(sizes_hw, detector.strides, batch.images.device)
-    assigned = assign(locations, batch.targets, padded_hw(batch.size_hw), detector.num_classes)
-    return reduce_mean(assigned.is_positive.sum(dim=1).clamp(min=1).sum().float())
+    count = reduce_mean(positive_count(assign_labelled(locations, batch, detector.num_classes)).float())
+    return count.clamp(min=1 / world_size())  # without labelled images, the losses of those are 0 and have to stay so
 
 
 def padded_hw(size_hw: Int[Tensor, "B 2"]) -> Int[Tensor, "B 2"]:
@@ -190,6 +268,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
             batch.image_id[cut],
             Targets(*(value[cut] for value in vars(batch.targets).values())),
             batch.for_teacher and Scaled(batch.for_teacher.images[cut], batch.for_teacher.size_hw[cut]),
+            None if batch.is_labelled is None else batch.is_labelled[cut],
         )
         for cut in cuts
     ]

@@ -39,6 +39,7 @@ class Sample:
         area: Area in square pixels that the evaluation bins by size (a mask's, where the format has one).
         is_crowd: True where the box covers a group or is to be ignored: never trained on, not counted in the
             evaluation.
+        is_labelled: False for an image without annotations, of which only a teacher can say what is in it.
     """
 
     image_id: int
@@ -49,6 +50,7 @@ class Sample:
     label: Int64[np.ndarray, " G"]
     area: Float32[np.ndarray, " G"]
     is_crowd: Bool[np.ndarray, " G"]
+    is_labelled: bool = True
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class Batch:
         image_id: The images' ids in their annotation file.
         targets: Objects to train on, without crowds. No objects (`G == 0`) in evaluation batches.
         for_teacher: The same views for a teacher that looks at another scale.
+        is_labelled: False for images without annotations; none where the whole data set has annotations.
     """
 
     images: UInt8[Tensor, "B 3 H W"]
@@ -142,6 +145,7 @@ class Batch:
     image_id: tuple[int, ...]
     targets: Targets
     for_teacher: Scaled | None = None
+    is_labelled: Bool[Tensor, " B"] | None = None
 
 
 @dataclass(frozen=True)

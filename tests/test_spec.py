@@ -128,6 +128,44 @@ def test_what_is_refused(assignment: str, message: str) -> None:
     assert message in str(caught.value).splitlines()
 
 
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (
+            ("data.unlabelled_only=true",),
+            "--set data.unlabelled_only=true: data: unlabelled_only, but no such images: name their folder with --set "
+            "data.unlabelled=DIR",
+        ),
+        (
+            ("data.unlabelled=more", "data.unlabelled_only=true", "compare=true"),
+            "compare trains a plain student, which cannot learn from images without annotations: leave out compare or "
+            "data.unlabelled_only",
+        ),
+    ],
+)
+def test_images_without_annotations_do_not_go_with_everything(assignments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        load(*assignments)
+    assert str(caught.value) == message
+
+
+def test_images_without_annotations_need_a_teacher() -> None:
+    unlabelled = {"data.unlabelled": "more"}
+    with pytest.raises(SpecError) as caught:
+        spec.load(TeacherSpec, None, unlabelled, [])
+    assert str(caught.value) == (
+        "data.unlabelled: only a teacher can say what is in images without annotations: use `ldctl distill`, or leave "
+        "it out"
+    )
+    own = {**unlabelled, "teacher.model.backbone.depth": 18}
+    spec.load(DistillSpec, None, own, [])
+    with pytest.raises(SpecError) as caught:
+        spec.load(DistillSpec, None, own, ["data.unlabelled_only=true"])
+    assert str(caught.value) == (
+        "data.unlabelled_only leaves no annotated image to train a teacher on: pass --teacher FILE, or leave it out"
+    )
+
+
 def test_a_teacher_sees_no_images_under_32_px() -> None:
     load("teacher.scale=0.5", "data.short_side=[64,80]")
     with pytest.raises(SpecError) as caught:

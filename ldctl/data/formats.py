@@ -30,6 +30,9 @@ class DataSpec(Spec):
         train: What to train on: the name of a split, or COCO's annotation file relative to `path`; by default the
             usual names (`ldctl.data.coco`, `voc` and `yolo` list them).
         val: The same for evaluation.
+        unlabelled: Folder of images without annotations, for `ldctl distill`: they are added to the training images,
+            and each is shown as often as those. On them the student learns from its teacher alone.
+        unlabelled_only: Train on the unlabelled images alone; classes are then those of `val`.
         synthetic: What to generate; used with `format = "synthetic"` only.
         short_side: Range of the image's shorter side in pixels after resizing: training draws from all whole numbers
             in it, both ends included; evaluation takes the upper end.
@@ -42,6 +45,8 @@ class DataSpec(Spec):
     format: Literal["auto", "coco", "voc", "yolo", "synthetic"] = "auto"
     train: str | None = None
     val: str | None = None
+    unlabelled: str | None = None
+    unlabelled_only: bool = False
     synthetic: SyntheticSpec = SyntheticSpec()
     short_side: tuple[int, int] = (800, 800)
     long_side: int = Field(default=1333, ge=32)
@@ -52,6 +57,16 @@ class DataSpec(Spec):
         """Return the same data at sizes times `scale`."""
         low, high, long_side = (int(side * scale + 0.5) for side in (*self.short_side, self.long_side))
         return self.model_copy(update={"short_side": (low, high), "long_side": long_side})
+
+    def labelled(self) -> "DataSpec":
+        """Return the same data without unlabelled images."""
+        return self.model_copy(update={"unlabelled": None, "unlabelled_only": False})
+
+    @model_validator(mode="after")
+    def _check_unlabelled(self) -> "DataSpec":
+        if self.unlabelled_only and self.unlabelled is None:
+            raise ValueError("unlabelled_only, but no such images: name their folder with --set data.unlabelled=DIR")
+        return self
 
     @model_validator(mode="after")
     def _check_sides(self) -> "DataSpec":

@@ -209,7 +209,7 @@ class _Batches(TorchDataset[_Packed | str]):
             label[row, :count] = torch.from_numpy(found.label)
             is_object[row, :count] = True
         sizes_hw = [_sizes_hw([scaled(view, scale) for view in plan.views]) for scale in scales]
-        about = torch.tensor([(sample.height, sample.width, sample.image_id) for sample in samples])
+        about = torch.tensor([(s.height, s.width, s.image_id, s.is_labelled) for s in samples], dtype=torch.int64)
         return about, xyxy, label, is_object, *shown, *sizes_hw
 
 
@@ -225,6 +225,8 @@ def _load(batches: _Batches, steps: range, workers: int) -> Iterator[Batch]:
         generator=torch.Generator(),
         worker_init_fn=_leave_signals,
     )
+    # decided for the data set, not for the batch: all ranks have to take the same way through a step
+    is_annotated = all(sample.is_labelled for sample in batches.dataset.samples)
     for packed in loader:
         if isinstance(packed, str):
             raise DataError(packed)
@@ -237,6 +239,7 @@ def _load(batches: _Batches, steps: range, workers: int) -> Iterator[Batch]:
             image_id=tuple(about[:, 2].tolist()),
             targets=Targets(gt_xyxy=xyxy, gt_label=label, is_object=is_object),
             for_teacher=Scaled(images[1], sizes_hw[1]) if len(images) > 1 else None,
+            is_labelled=None if is_annotated else about[:, 3].bool(),
         )
 
 

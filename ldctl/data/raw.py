@@ -120,7 +120,7 @@ def assemble(raw: Raw, split: Split) -> Dataset:
 
 
 def fingerprint(classes: tuple[str, ...], category_id: tuple[int, ...], samples: Iterable[Sample]) -> str:
-    """Return a SHA-256 that changes with every class, image id, file name, size and box.
+    """Return a SHA-256 that changes with every class, image id, file name, size and box, and with what is unlabelled.
 
     Folders do not enter, so that a data set keeps its fingerprint when it moves; nor do pixels.
     """
@@ -130,6 +130,8 @@ def fingerprint(classes: tuple[str, ...], category_id: tuple[int, ...], samples:
         digest.update(repr(identity).encode())
         for array in (sample.xyxy, sample.label, sample.area, sample.is_crowd):
             digest.update(array.tobytes())
+        if not sample.is_labelled:
+            digest.update(b"unlabelled")
     return digest.hexdigest()
 
 
