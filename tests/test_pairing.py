@@ -10,10 +10,25 @@ from torch.testing import assert_close
 from ldctl.assign import assign
 from ldctl.boxes import encode_ltrb
 from ldctl.models import Detector, GFLHeadSpec, ModelSpec, ResNetSpec
-from ldctl.pairing import SharedClasses, partners, share_assigned, share_classes, share_levels
+from ldctl.pairing import (
+    SharedClasses,
+    in_teachers_levels,
+    of_images,
+    partners,
+    share_assigned,
+    share_classes,
+    share_levels,
+)
 from ldctl.types import Dense, Locations, Pair, TowerMaps
 
 HERE = grid(64, 96)
+
+
+def tiny_detector() -> Detector:
+    spec = ModelSpec(
+        backbone=ResNetSpec(depth=18, width=0.125, init="none"), channels=32, head=GFLHeadSpec(num_convs=1)
+    )
+    return Detector(spec, 2).eval()
 
 
 def index(*classes: int) -> torch.Tensor:
@@ -118,13 +133,51 @@ def test_assignment_at_shared_levels(shift: int) -> None:
     assert whole.is_positive[:, ~kept].any() or shift == 1
 
 
+@pytest.mark.parametrize("shift", [1, 0, -1])
+def test_a_teachers_head_reads_the_students_maps_where_its_own_would_lie(shift: int) -> None:
+    """A head that is the student's own, and knows no scale in its class logits, then says what the student says."""
+    detector = tiny_detector()
+    scale = 2.0**shift
+    images = torch.randn(2, 3, 96, 160)
+    with torch.no_grad():
+        student, teacher = (
+            detector(torch.zeros(2, 3, int(96 * s), int(160 * s)) if s != 1 else images, 1) for s in (1, scale)
+        )
+        maps = in_teachers_levels(student.towers, teacher.towers, shift)
+        crossed = detector.head.resume(maps, 1, teacher.features)
+    pair = share_levels(Pair(student, teacher, crossed), shift)
+    assert pair.crossed is not None
+    assert_close(pair.crossed.cls, pair.student.cls, rtol=0, atol=1e-6)
+    own, other = partners(shift, 5)
+    for found, mine, theirs in zip(
+        (maps.cls, maps.edge),
+        (student.towers.cls, student.towers.edge),
+        (teacher.towers.cls, teacher.towers.edge),
+        strict=True,
+    ):
+        assert found[other] == mine[own]
+        assert [index for index in range(5) if found[index] is theirs[index]] == [
+            index for index in range(5) if index not in range(5)[other]
+        ]
+
+
 def test_a_detectors_own_pyramid_pairs_with_itself_at_twice_the_size() -> None:
     """Real maps, of a size whose half is no multiple of 32, have as many locations as `grid` says."""
-    spec = ModelSpec(
-        backbone=ResNetSpec(depth=18, width=0.125, init="none"), channels=32, head=GFLHeadSpec(num_convs=1)
-    )
-    detector = Detector(spec, 2).eval()
+    detector = tiny_detector()
     with torch.no_grad():
         half, one, two = (detector(torch.zeros(1, 3, int(96 * s), int(160 * s))) for s in (0.5, 1, 2))
     assert share_levels(Pair(one, two), 1).student.edge.shape[1] == 12 * 20 + 6 * 10 + 3 * 5 + 2 * 3
     assert share_levels(Pair(one, half), -1).student.edge.shape[1] == 6 * 10 + 3 * 5 + 2 * 3 + 1 * 2
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+def test_images_that_take_no_part_have_no_location() -> None:
+    targets = targets_of([[(4, 4, 60, 60, 1)], [(0, 0, 63, 60, 2)]])
+    whole = assign(HERE, targets, torch.tensor([(64, 96), (32, 96)]), 3)
+    assert whole.is_positive.any(dim=1).all()
+    part = of_images(whole, torch.tensor([False, True]))
+    for name in ("is_positive", "is_valid"):
+        assert not getattr(part, name)[0].any()
+        assert torch.equal(getattr(part, name)[1], getattr(whole, name)[1])

@@ -9,7 +9,7 @@ from conftest import Deviations
 
 from ldctl import spec
 from ldctl.classes import match_names
-from ldctl.distill import KD, LD, BinaryKD
+from ldctl.distill import CWD, KD, LD, PKD, BinaryKD, CrossKDBox, CrossKDClass, Imitation, Term
 from ldctl.errors import SpecError
 from ldctl.models.detector import MEAN, STD
 from ldctl.spec import DistillationSpec, DistillSpec, EvalSpec, TeacherSpec, TrainSpec
@@ -191,10 +191,14 @@ def test_softmax_over_one_class_is_refused() -> None:
         ((LD(weight=0.5), BinaryKD()), 1, "binary_kd", '[{kind = "ld", weight = 0.5}]'),
         ((KD(), LD(region="vlr"), LD()), 0, "kd", '[{kind = "ld", region = "vlr"}, {kind = "ld"}]'),
         ((BinaryKD(),), 0, "binary_kd", '[{kind = "ld"}]'),
+        ((PKD(), CWD(on="cls")), 1, "cwd", '[{kind = "pkd"}]'),
+        ((CWD(), CrossKDClass()), 1, "crosskd_cls", '[{kind = "cwd"}]'),
+        ((CrossKDBox(), Imitation(region="main")), 0, "crosskd_box", '[{kind = "imitation", region = "main"}]'),
+        ((Imitation(region="gi"),), 0, "imitation", '[{kind = "ld"}]'),
     ],
 )
 def test_terms_on_classes_without_a_shared_class_are_refused(
-    terms: tuple[LD | KD | BinaryKD, ...], index: int, kind: str, left: str
+    terms: tuple[Term, ...], index: int, kind: str, left: str
 ) -> None:
     none = match_names(("cat", "dog"), ("disc",), {})
     with pytest.raises(SpecError) as caught:

@@ -4,11 +4,9 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +16,13 @@ import pytest
 import runs
 import torch
 from conftest import Deviations
+from jobs import FROZEN, after_step, first_batch, losses_of, on_two_ranks, small_job
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
 from ldctl import checkpoint, engine, toml
-from ldctl.assemble import hire, make_job, open_data
-from ldctl.data.loader import train_batches
+from ldctl.assemble import make_job, open_data
 from ldctl.distill import LD
 from ldctl.errors import Interrupted, OutputError, Terminated, TrainingError
 from ldctl.losses import LossSpec
@@ -61,40 +59,12 @@ def whole(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def after_step(patch: pytest.MonkeyPatch, step: int, do: Callable[[], object]) -> None:
-    """Do something at the end of an optimizer step."""
-    original = Trainer._optimize
-
-    def patched(self: Trainer, batch: Batch) -> dict[str, Tensor]:
-        losses = original(self, batch)
-        if self.step + 1 == step:
-            do()
-        return losses
-
-    patch.setattr(Trainer, "_optimize", patched)
-
-
 class Crash(Exception):
     pass
 
 
 def crash() -> None:
     raise Crash
-
-
-def small_job(teacher: Path | None = None, **values: object) -> Job:
-    """Return a job whose folder is not used."""
-    folder = Path("/nonexistent/run")
-    if teacher is None:
-        plain = runs.plain_spec(folder, **values)
-        return make_job(plain, "teacher", folder, plain.model, open_data(plain.data, torch.device("cpu"), quiet=True))
-    spec = runs.distill_spec(folder, teacher, **values)
-    setting = open_data(spec.data, torch.device("cpu"), quiet=True)
-    return make_job(spec, "student", folder, spec.student, setting, hire(teacher, spec.distill, torch.device("cpu")))
-
-
-def first_batch(job: Job) -> Batch:
-    return next(train_batches(job.train_set, job.data, batch_size=job.train.batch, seed=0, epoch=0))
 
 
 # --- resume ---------------------------------------------------------------------------------------------------------
@@ -339,8 +309,6 @@ def test_three_steps_are_the_references(shared: Path, deviations: Deviations) ->
 
 # --- a step ---------------------------------------------------------------------------------------------------------
 
-FROZEN = {"student__backbone__norm": "frozen"}
-
 
 def test_micro_batches_give_the_distillation_losses_and_gradients_of_the_whole(teacher: Path) -> None:
     job = small_job(teacher, train__batch=8, **FROZEN)
@@ -384,10 +352,6 @@ def own_teacher(job: Job) -> Job:
     """Return the job with a copy of the teacher as the student."""
     assert job.teaching
     return replace(job, detector=deepcopy(job.teaching.teacher).requires_grad_())
-
-
-def losses_of(job: Job, batch: Batch) -> dict[str, Tensor]:
-    return training_losses(Learner(job.detector, job.teaching), job.detector, job.teaching, batch, LossSpec())
 
 
 def test_a_student_has_nothing_to_learn_from_itself(teacher: Path) -> None:
@@ -597,24 +561,6 @@ def test_the_average_is_what_is_evaluated_and_saved(tmp_path: Path) -> None:
 
 
 # --- ranks ----------------------------------------------------------------------------------------------------------
-
-
-def on_two_ranks(work: Callable[[int], object]) -> list[int | None]:
-    """Run something in two processes that torchrun might have started; return their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def as_rank(rank: int) -> None:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        work(rank)
-
-    processes = [runs.start(as_rank, rank) for rank in range(2)]
-    for process in processes:
-        process.join(90)
-        process.kill()
-    return [process.exitcode for process in processes]
 
 
 def test_two_ranks_are_one_rank(teacher: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pytest
 import runs
 import torch
 from datasets import image_dataset, write_image
+from jobs import FROZEN, after_step, first_batch, losses_of, on_two_ranks, small_job
 from PIL import Image
-from test_trainer import FROZEN, after_step, first_batch, losses_of, on_two_ranks, small_job
 from torch.testing import assert_close
 
 from ldctl import checkpoint, engine
@@ -25,7 +26,7 @@ from ldctl.pairing import SharedClasses
 from ldctl.regions import main_region
 from ldctl.step import Lesson, assign_labelled, with_pseudo_objects
 from ldctl.trainer import Job, Trainer
-from ldctl.types import Batch, Dataset, Pair, Targets
+from ldctl.types import Batch, Dataset, Pair, Scaled, Targets
 
 LOW = 0.02  # the score of a teacher's best detections after some steps only
 
@@ -254,6 +255,49 @@ def test_pseudo_objects_are_of_shared_classes(teacher: Path) -> None:
     for own, other in ((3, 0), (0, 1)):
         ours = some.gt_xyxy[is_pseudo & (some.gt_label == own)]
         assert torch.equal(ours, whole.gt_xyxy[is_found & (whole.gt_label == other)])
+
+
+ALL_TERMS = [
+    {"kind": "ld"},
+    {"kind": "ld", "region": "vlr"},
+    {"kind": "kd"},
+    {"kind": "binary_kd"},
+    {"kind": "crosskd_cls"},
+    {"kind": "crosskd_box"},
+    {"kind": "pkd"},
+    {"kind": "cwd"},
+    {"kind": "cwd", "on": "cls"},
+    {"kind": "imitation"},
+    {"kind": "imitation", "region": "finegrained"},
+]
+
+
+def test_everything_at_once(teacher: Path) -> None:
+    """A teacher at twice the size that shares half of the classes, in another order, and half of the images labelled.
+
+    The order of the teacher's classes does not matter, whatever the term.
+    """
+    job = taught_job(teacher, distill__terms=ALL_TERMS, distill__cut=1)
+    assert job.teaching
+    batch = half_labelled(first_batch(job))
+    twice = batch.images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    batch = replace(batch, for_teacher=Scaled(twice, batch.size_hw * 2))
+    shared = SharedClasses(torch.tensor([0, 2]), torch.tensor([3, 1]))
+    teaching = replace(job.teaching, scale=2.0, shared=shared)
+    losses = losses_of(replace(job, teaching=teaching), batch)
+    assert len(losses) == 3 + len(ALL_TERMS)
+    for name, loss in losses.items():
+        assert 0 < loss < 1000, name
+    turned = deepcopy(teaching.teacher)
+    for name in ("weight", "bias"):  # classes 0, 1, 2, 3 become 2, 0, 3, 1
+        values = getattr(turned.head.cls, name).data
+        values.copy_(values[[1, 3, 0, 2]].clone())
+    moved = SharedClasses(shared.student, torch.tensor([1, 0]))
+    again = losses_of(replace(job, teaching=replace(teaching, teacher=turned, shared=moved)), batch)
+    for name, loss in losses.items():
+        assert_close(again[name], loss, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+    wrong = losses_of(replace(job, teaching=replace(teaching, teacher=turned)), batch)
+    assert abs(wrong["kd/main"] / losses["kd/main"] - 1) > 1e-3
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
