@@ -33,13 +33,14 @@ def share_classes(pair: Pair, shared: SharedClasses | None) -> Pair:
     if shared is None:
         return pair
     return Pair(
-        student=_picked(pair.student, shared.student),
-        teacher=_picked(pair.teacher, shared.teacher),
-        crossed=_picked(pair.crossed, shared.teacher) if pair.crossed else None,
+        student=of_classes(pair.student, shared.student),
+        teacher=of_classes(pair.teacher, shared.teacher),
+        crossed=of_classes(pair.crossed, shared.teacher) if pair.crossed else None,
     )
 
 
-def _picked(dense: Dense, classes: Int64[Tensor, " C"]) -> Dense:
+def of_classes(dense: Dense, classes: Int64[Tensor, " C"]) -> Dense:
+    """Return the predictions with the logits of some classes only, in the order given."""
     return replace(dense, cls=dense.cls.index_select(-1, classes))
 
 
@@ -113,7 +114,8 @@ def partners(shift: int, num_levels: int) -> tuple[slice, slice]:
 def _levels(dense: Dense, levels: slice, locations: Locations) -> Dense:
     """Return the predictions of some levels, said to be at the given locations."""
     rows = _rows(dense.locations, levels)
-    return Dense(
+    return replace(
+        dense,
         cls=dense.cls[:, rows],
         edge=dense.edge[:, rows],
         features=dense.features[levels],

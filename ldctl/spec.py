@@ -38,7 +38,9 @@ class TrainSpec(Spec):
         accumulate: Micro-batches per optimizer step; divides the batch of a rank. The class losses are divided by what
             the whole batch holds; the box losses' divisor depends on predictions and is summed per micro-batch, `kd`
             and `imitation` average over pairs of images of one micro-batch, the `crosskd` terms align and `pkd`
-            standardises maps over one.
+            standardises maps over one. With
+            unlabelled images, what the terms are divided by depends on the teacher's predictions, and is counted per
+            micro-batch, too.
         optim: Optimizer.
         schedule: Learning rate over time.
         ema: Exponential moving average of the weights, which is then evaluated and saved; none if left out.

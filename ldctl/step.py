@@ -18,6 +18,7 @@ from ldctl.models.pseudo import pseudo_objects
 from ldctl.pairing import (
     SharedClasses,
     in_teachers_levels,
+    of_classes,
     of_images,
     share_assigned,
     share_classes,
@@ -201,9 +202,11 @@ def with_pseudo_objects(
     assert teaching.pseudo is not None, "said with the images"
     student = lesson.pair.student
     seen = batch.for_teacher.size_hw if batch.for_teacher else batch.size_hw
-    teacher = share_classes(lesson.pair, teaching.shared).teacher
-    found = pseudo_objects(teacher, seen, ~is_labelled, teaching.pseudo)
-    label = found.gt_label if teaching.shared is None else teaching.shared.student[found.gt_label]
+    teacher, shared = lesson.pair.teacher, teaching.shared
+    found = pseudo_objects(
+        of_classes(teacher, shared.teacher) if shared else teacher, seen, ~is_labelled, teaching.pseudo
+    )
+    label = shared.student[found.gt_label] if shared else found.gt_label
     targets = Targets(
         gt_xyxy=torch.cat((lesson.targets.gt_xyxy, found.gt_xyxy / teaching.scale), dim=1),
         gt_label=torch.cat((lesson.targets.gt_label, label), dim=1),

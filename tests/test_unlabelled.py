@@ -316,7 +316,55 @@ def test_a_run_on_unlabelled_images_alone_learns(teacher: Path, folder: Path, tm
     first, last = found[1], found[-1]
     for name in ("ld/vlr", "binary_kd/all"):
         assert last[name] < 0.8 * first[name], (name, first, last)
-    assert checkpoint.load_meta(tmp_path / "run/last.safetensors").classes == ("disc", "box", "triangle", "cross")
+    best = tmp_path / "run/best.safetensors"
+    assert checkpoint.load_meta(best).classes == ("disc", "box", "triangle", "cross")
+    found_again = engine.evaluate(engine.eval_spec(best, {}, []), quiet=True)
+    assert found_again.ap == pytest.approx(checkpoint.load_meta(best).metrics["ap"], abs=1e-9)
+
+
+def test_faults_of_unlabelled_images_are_told_before_the_first_step(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_image(tmp_path / "more/0.png", 64, 64)
+    cut = write_image(tmp_path / "more/1.png", 64, 64)
+    cut.write_bytes(cut.read_bytes()[:-20])
+    (tmp_path / "more/2.jpg").write_bytes(b"")
+    engine.distill(
+        runs.distill_spec(tmp_path / "run", teacher, **with_more(tmp_path / "more", train__epochs=1)), quiet=True
+    )
+    faults = (tmp_path / "run/data_faults.txt").read_text().splitlines()
+    assert [fault.removeprefix(f"{tmp_path}/more/").split(":")[0] for fault in faults] == ["2.jpg", "1.png"]
+    said = capsys.readouterr().err.splitlines()
+    assert {f"data: {fault}" for fault in faults} <= set(said)
+    assert f"unlabelled: 1 images from {tmp_path}/more" in said
+
+
+def test_an_assistant_knows_the_datas_classes_whatever_its_teacher_knows(
+    teacher: Path, folder: Path, tmp_path: Path
+) -> None:
+    """It sees the student's images at the student's scale, too."""
+    loaded = checkpoint.load(teacher)
+    other = loaded.meta.model_copy(update={"classes": ("Cross", "b", "c", "disc")})
+    checkpoint.save(tmp_path / "other.safetensors", loaded.tensors, other)
+    assistant = {"model": runs.MODEL, "train": {**runs.TRAIN, "epochs": 1}}
+    values = with_more(folder, assistant=assistant, train__epochs=1, teacher__scale=2.0, teacher__classes={"box": "c"})
+    spec = runs.distill_spec(tmp_path / "run", tmp_path / "other.safetensors", **values)
+    results = engine.distill(spec, quiet=True)
+    assert list(results) == ["assistant", "student"]
+    for name in ("run", "run/assistant"):
+        assert checkpoint.load_meta(tmp_path / name / "best.safetensors").classes == (
+            "disc",
+            "box",
+            "triangle",
+            "cross",
+        )
+    said = (tmp_path / "run/spec.toml").read_text().splitlines()
+    assert (
+        "# classes: the teacher knows 3 of the data's 4: disc, box (its c), cross (its Cross); terms on classes leave out "
+        "triangle"
+    ) in said
+    again = engine.distill(spec, resume=True, quiet=True)
+    assert {name: one.ap for name, one in again.items()} == {name: one.ap for name, one in results.items()}
 
 
 def test_resumed_with_unlabelled_images_is_the_whole_run(
