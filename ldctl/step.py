@@ -140,7 +140,7 @@ def training_losses(
         return named
 
     with autocast:
-        pair = compare(teaching, batch, images, dense)
+        pair = compare(teaching, seen_by_teacher(teaching, batch, images), dense)
     lesson = Lesson(pair, batch.targets, assigned, main, norm)
     if batch.is_labelled is not None:
         lesson = with_pseudo_objects(lesson, teaching, batch, batch.is_labelled, parts=parts)  # synchronises
@@ -154,23 +154,26 @@ def training_losses(
     return named | {term.name: term(pair, where[term.region], lesson.norm) for term in teaching.spec.terms}
 
 
-def compare(teaching: Teaching, batch: Batch, images: Float[Tensor, "B 3 H W"], student: Dense) -> Pair:
-    """Return what student and teacher say of the same views, at all levels and of all classes.
+def seen_by_teacher(teaching: Teaching, batch: Batch, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 h w"]:
+    """Return what the student saw, or the same views at the teacher's scale; the input statistics are the same."""
+    if batch.for_teacher is None:
+        return images
+    return teaching.teacher.normalize(batch.for_teacher.images, batch.for_teacher.size_hw)
 
-    If a term asks, also what the teacher's head makes of the student's maps. The teacher is frozen, but cross-head
-    predictions carry gradient through its head to the student.
+
+def compare(teaching: Teaching, images: Float[Tensor, "B 3 H W"], student: Dense) -> Pair:
+    """Return what the teacher says of the same views; if a term asks, also what its head makes of the student's maps.
+
+    The teacher is frozen, but cross-head predictions carry gradient through its head to the student.
 
     Args:
         teaching: The teacher, and what is learnt from it.
-        batch: What the teacher sees, where that is of another scale.
-        images: What the student saw; the teacher's input statistics are the same constants.
-        student: The student's predictions.
+        images: What the teacher sees.
+        student: What the student says; all its levels and classes, as the teacher's, are in the result.
     """
-    cut, towers, seen = teaching.spec.tower_cut, teaching.spec.crossed_towers, images
-    if batch.for_teacher is not None:
-        seen = teaching.teacher.normalize(batch.for_teacher.images, batch.for_teacher.size_hw)
+    cut, towers = teaching.spec.tower_cut, teaching.spec.crossed_towers
     with torch.no_grad():
-        teacher: Dense = teaching.teacher(seen, cut)
+        teacher: Dense = teaching.teacher(images, cut)
     if not towers:
         return Pair(student, teacher)
     maps = in_teachers_levels(student.towers, teacher.towers, teaching.level_shift)
@@ -203,9 +206,9 @@ def with_pseudo_objects(
     student = lesson.pair.student
     seen = batch.for_teacher.size_hw if batch.for_teacher else batch.size_hw
     teacher, shared = lesson.pair.teacher, teaching.shared
-    found = pseudo_objects(
-        of_classes(teacher, shared.teacher) if shared else teacher, seen, ~is_labelled, teaching.pseudo
-    )
+    if shared:
+        teacher = of_classes(teacher, shared.teacher)
+    found = pseudo_objects(teacher, seen, ~is_labelled, teaching.pseudo)
     label = shared.student[found.gt_label] if shared else found.gt_label
     targets = Targets(
         gt_xyxy=torch.cat((lesson.targets.gt_xyxy, found.gt_xyxy / teaching.scale), dim=1),
