@@ -88,7 +88,7 @@ def choose_device(name: str) -> torch.device:
         name = own if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(own if name == "cuda" else name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # "meta" has no data to copy
     except (RuntimeError, AssertionError) as error:
         raise MissingError(
             f"--device {name}: not available here: use cpu, or check the driver and torch's build"

@@ -50,7 +50,7 @@ class TrainSpec(Spec):
         seed: Decides initial weights, order of images and augmentation.
     """
 
-    epochs: int = Field(default=12, ge=1)
+    epochs: int = Field(default=12, ge=1, le=1_000_000)
     batch: int = Field(default=16, ge=1)
     accumulate: int = Field(default=1, ge=1)
     optim: OptimSpec = OptimSpec()
@@ -61,7 +61,7 @@ class TrainSpec(Spec):
     eval_every: int = Field(default=1, ge=1)
     save_every: int = Field(default=1000, ge=1)
     log_every: int = Field(default=20, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _check_batch(self) -> "TrainSpec":

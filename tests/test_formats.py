@@ -159,7 +159,10 @@ def test_all_faults_of_an_annotation_file_are_listed_at_once(tmp_path: Path) -> 
         ),
         "image entry 6 (counted from 0)": ('its id "22" is not a whole number of at most 64 bits', "image skipped"),
         "image entry 7 (counted from 0)": ("width 0 and height 48 are not a size in pixels", "image skipped"),
-        "image entry 9 (counted from 0)": (f"its id {10**30} is not a whole number of at most 64 bits", "image skipped"),
+        "image entry 9 (counted from 0)": (
+            f"its id {10**30} is not a whole number of at most 64 bits",
+            "image skipped",
+        ),
         "image entry 8 (counted from 0)": ('"nonsense" is not an object', "image skipped"),
         "annotation 200": ("the box is not finite", drop),
         "annotation 201": ("the box is not finite", drop),
@@ -616,7 +619,11 @@ def test_pixels_as_stored_where_the_annotation_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "no such image"), (b"", "x.jpg: not a readable image"), (b"hello", "x.jpg: not a readable image: its bytes are of no known format: ")],
+    [
+        (None, "no such image"),
+        (b"", "x.jpg: not a readable image"),
+        (b"hello", "x.jpg: not a readable image: its bytes are of no known format: "),
+    ],
 )
 def test_an_unreadable_image_is_named(tmp_path: Path, content: bytes | None, said: str) -> None:
     file = tmp_path / "x.jpg"

@@ -82,9 +82,9 @@ def _load(path: Path) -> Json:
     except ValueError as error:  # all that is left: a number that Python refuses to read
         raise DataError(f"{path}: holds a number of thousands of digits: write or download the file again") from error
     if not isinstance(document, dict):
-        kind = type(document).__name__
         raise DataError(
-            f"{path}: not a COCO annotation file: {kind} instead of an object: name another with data.train and data.val"
+            f"{path}: not a COCO annotation file: {type(document).__name__} instead of an object: "
+            "name another with data.train and data.val"
         )
     return document
 

@@ -151,9 +151,11 @@ def _entry(folder: Path, image: str, index: int, faults: list[Fault]) -> tuple[I
     except DataError as error:
         faults.append(Fault(str(file), "", str(error).removeprefix(f"{file}: "), "image skipped"))
         return None
-    for item in parsed.objects:
-        if item.problem:
-            faults.append(Fault(str(xml), f"object {item.number} of {file.name}", item.problem, "box dropped"))
+    faults += [
+        Fault(str(xml), f"object {item.number} of {file.name}", item.problem, "box dropped")
+        for item in parsed.objects
+        if item.problem
+    ]
     return ImageEntry(index, file, height, width, str(xml)), tuple(item for item in parsed.objects if not item.problem)
 
 
@@ -173,9 +175,7 @@ def _parse(path: Path) -> _Annotation | str:
     is_known = all(math.isfinite(side) and side >= 1 for side in size)
     return _Annotation(
         size=(int(size[0]), int(size[1])) if is_known else None,
-        objects=tuple(
-            _object(number, item) for number, item in enumerate(tree.findall("object"), start=1)
-        ),
+        objects=tuple(_object(number, item) for number, item in enumerate(tree.findall("object"), start=1)),
     )
 
 
