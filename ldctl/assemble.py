@@ -170,7 +170,8 @@ def look_at(annotations: Annotations, spec: DataSpec, device: torch.device, *, q
     unlabelled = read_unlabelled(Path(spec.unlabelled), annotations.val) if spec.unlabelled else None
     given = {"train": annotations.train, "val": annotations.val, "unlabelled": unlabelled}
     found = {name: inspect(dataset).dataset for name, dataset in given.items() if dataset is not None}
-    faults = tuple(str(fault) for one in found.values() for fault in one.faults)
+    # each once: two splits may be one file
+    faults = tuple(dict.fromkeys(str(fault) for one in found.values() for fault in one.faults))
     note_faults(faults, f", all in {FAULTS_FILE} of the run's folder")
     for name, one in found.items():
         boxes = sum(len(sample.label) for sample in one.samples)

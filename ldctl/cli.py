@@ -68,8 +68,17 @@ Data = Annotated[
         "--data", "-d", help="Folder of a COCO, VOC or YOLO data set. [default: data/coco]", show_default=False
     ),
 ]
+OwnData = Annotated[
+    str | None,
+    typer.Option(
+        "--data", "-d", help="Folder of a data set. [default: that of the checkpoint's run]", show_default=False
+    ),
+]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Folder of the run. [default: runs/NAME]", show_default=False)
+    str | None,
+    typer.Option(
+        "--output", "-o", metavar="<path>", help="Folder of the run. [default: runs/NAME]", show_default=False
+    ),
 ]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU when there is one]", show_default=False)
@@ -133,7 +142,7 @@ def teacher_train(
             "model.backbone.depth": model.depth if model else None,
             "model.backbone.init": init,
             "data.path": data,
-            "output": str(output) if output else None,
+            "output": output,
             "train.epochs": epochs,
             "train.batch": batch,
             "train.seed": seed,
@@ -214,7 +223,7 @@ def distill(
             "student.backbone.depth": student.depth if student else None,
             "student.backbone.init": init,
             "data.path": data,
-            "output": str(output) if output else None,
+            "output": output,
             "train.epochs": epochs,
             "train.batch": batch,
             "train.seed": seed,
@@ -232,7 +241,7 @@ def distill(
 @app.command("eval")
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A .safetensors that ldctl wrote.")],
-    data: Data = None,
+    data: OwnData = None,
     batch: Annotated[int | None, typer.Option("--batch", help="Images at once.", show_default=False)] = None,
     detections: Annotated[
         Path | None,
@@ -269,7 +278,7 @@ def export(
         Path | None,
         typer.Option("--output", "-o", help="File to write. [default: beside the checkpoint]", show_default=False),
     ] = None,
-    data: Data = None,
+    data: OwnData = None,
     images: Annotated[int, typer.Option(min=1, help="Images on which the file is checked.")] = 4,
     assignments: Assignments = None,
 ) -> None:

@@ -18,7 +18,7 @@ from ldctl import checkpoint, distributed
 from ldctl.checkpoint import CheckpointMeta
 from ldctl.data import DataSpec
 from ldctl.data.loader import num_steps, train_batches
-from ldctl.errors import CheckpointError, HungUp, Interrupted, Terminated, TrainingError, Unread
+from ldctl.errors import CheckpointError, HungUp, Interrupted, OutputError, Terminated, TrainingError, Unread
 from ldctl.log import MetricsLog, Progress, truncate_after
 from ldctl.metrics import Metrics, evaluate
 from ldctl.models.detector import Detector, PostprocessSpec
@@ -169,6 +169,8 @@ class Trainer:
                     f"{job.name}: out of GPU memory at step {self.step + 1}: go on with smaller micro-batches, "
                     f"--resume --set train.accumulate={2 * job.train.accumulate}"
                 ) from error
+            except OutputError as error:
+                raise OutputError(f"{error}; what was saved before is intact, --resume goes on") from error
         assert self.metrics is not None
         return self.metrics
 

@@ -21,6 +21,7 @@ from datasets import coco_document, write_coco
 from ldctl import checkpoint, engine, mmdet
 from ldctl.checkpoint import CheckpointMeta
 from ldctl.cli import main
+from ldctl.metrics import TITLES, Metrics
 from ldctl.models import Detector, ModelSpec, ResNetSpec
 from ldctl.types import Batch
 
@@ -180,7 +181,9 @@ MISTAKES = {
     "distill": (3, "error: teacher: no teacher: pass --teacher FILE, or say in [teacher.model] what to train first\n"),
     "distill --preset nope.toml": (3, "error: --preset nope.toml: no such file\n"),
     "distill --teacher none.safetensors": (
-        5, "error: none.safetensors: no such file: did you mean text.safetensors or foreign.safetensors?\n",
+        5,
+        "error: none.safetensors: no such file: check the path, or make one with `ldctl teacher train` or "
+        "`ldctl teacher import`\n",
     ),
     "distill --teacher no/none.safetensors": (
         5, "error: no/none.safetensors: no such file, and no folder no: check the path\n",
@@ -507,7 +510,7 @@ def test_a_full_disk_loses_nothing(ldctl: Callable[[str], Ran], small_disk: Path
     assert ran.code == 7
     assert ran.err.splitlines()[-1] == (
         "error: disk/run/state.safetensors: cannot be written (No space left on device): free some space or choose "
-        "another place"
+        "another place; what was saved before is intact, --resume goes on"
     )
     left = sorted(path.name for path in (small_disk / "run").iterdir())
     assert left == [".lock", "best.safetensors", "last.safetensors", "metrics.jsonl", "spec.toml", "state.safetensors"]
@@ -825,13 +828,37 @@ def test_exports(ldctl: Callable[[str], Ran], teacher: Path, tmp_path: Path) -> 
     ran = ldctl(f"export {teacher} --to mmdet -o student.pth")
     assert ran.code == 0, ran.err
     state = torch.load(tmp_path / "student.pth", weights_only=True)["state_dict"]
-    assert ran.out == f"student.pth: {len(state)} entries under mmdet's names\n"
+    assert ran.out == (
+        f"student.pth: {len(state)} entries under mmdet's names; the backbone has 0.125 times the usual "
+        "width, so mmdet needs a config with base_channels=8 in its backbone, and `ldctl teacher import` does not read "
+        "it\n"
+    )
     assert {"backbone.conv1.weight", "bbox_head.gfl_cls.weight"} <= set(state)
     ran = ldctl(f"export {teacher} --images 1 -o student.onnx --set postprocess.score_threshold=0.002")
     assert ran.code == 0, ran.err
     assert ran.out.startswith("student.onnx: ")
     assert "checked on 1 images" in ran.out
     assert (tmp_path / "student.onnx").stat().st_size > 100_000
+
+
+def test_an_export_without_the_data_is_checked_on_generated_images(ldctl: Callable[[str], Ran], teacher: Path) -> None:
+    ran = ldctl(f"export {teacher} --images 2 --data nowhere -o student.onnx --set postprocess.score_threshold=0.002")
+    assert (ran.code, ran.err) == (
+        0,
+        f"{NO_DATA.removeprefix('error: ')}checking the file on generated images instead\n",
+    )
+    assert "checked on 2 images" in ran.out
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "20"])
+def test_tables_are_whole_on_any_terminal(capsys: pytest.CaptureFixture[str], columns: str) -> None:
+    figures = dict.fromkeys(TITLES, 0.123)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", columns)
+        engine.print_metrics({name: Metrics(**figures, per_class={}) for name in ("teacher", "plain", "student")})
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.count("0.123") for line in lines) == 3 * len(TITLES)
+    assert all(any(title in line for line in lines) for title in (*TITLES.values(), "teacher", "plain", "student"))
 
 
 # --- import ---------------------------------------------------------------------------------------------------------
