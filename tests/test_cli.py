@@ -463,6 +463,35 @@ def test_an_output_that_holds_a_run(ldctl: Callable[[str], Ran], teacher: Path) 
     assert tree(teacher.parent) == before
 
 
+def test_differences_from_a_resumed_run_are_in_toml_and_no_more_than_ten(
+    ldctl: Callable[[str], Ran], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "spec.toml").write_text(ldctl(f"teacher train {SYNTHETIC} {PLAIN} -o run --dry-run").out)
+    ran = ldctl("teacher train --resume -o run --set train.bf16=false --set model.backbone.init=a.pth")
+    assert (ran.code, ran.err) == (
+        3,
+        'error: --resume: run/spec.toml says otherwise: model.backbone.init: was "none", now "a.pth"; '
+        "train.bf16: was true, now false: resume with the values that the run was started with\n",
+    )
+    (folder / "spec.toml").write_text("".join(f"key{number} = 1\n" for number in range(12)))
+    (tmp_path / "empty.toml").write_text("")
+    ran = ldctl(f"teacher train --resume -o run --preset empty.toml {SYNTHETIC}")
+    assert ran.err.count(": was ") == 10
+    assert " keys more: resume with the values that the run was started with\n" in ran.err
+
+
+def test_faults_of_a_file_that_serves_both_splits_are_told_once(ldctl: Callable[[str], Ran], tmp_path: Path) -> None:
+    small_coco(tmp_path / "data")
+    (tmp_path / "data/train2017/3.jpg").unlink()
+    both = " ".join(f"--set data.{split}=annotations/instances_train2017.json" for split in ("train", "val"))
+    ran = ldctl(f"teacher train --data data --device cpu --batch 4 --epochs 1 {both} {SIZES} {PLAIN} -o run -q")
+    assert ran.code == 0, ran.err
+    assert ran.err.count("data: ") == 1
+    assert len((tmp_path / "run/data_faults.txt").read_text().splitlines()) == 1
+
+
 def test_a_spec_of_a_run_that_was_damaged(ldctl: Callable[[str], Ran], tmp_path: Path) -> None:
     folder = tmp_path / "runs/teacher-r18"
     folder.mkdir(parents=True)
