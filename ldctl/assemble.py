@@ -88,7 +88,7 @@ def choose_device(name: str) -> torch.device:
         name = own if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(own if name == "cuda" else name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # "meta" has no data to copy
     except (RuntimeError, AssertionError) as error:
         raise MissingError(
             f"--device {name}: not available here: use cpu, or check the driver and torch's build"
@@ -170,7 +170,8 @@ def look_at(annotations: Annotations, spec: DataSpec, device: torch.device, *, q
     unlabelled = read_unlabelled(Path(spec.unlabelled), annotations.val) if spec.unlabelled else None
     given = {"train": annotations.train, "val": annotations.val, "unlabelled": unlabelled}
     found = {name: inspect(dataset).dataset for name, dataset in given.items() if dataset is not None}
-    faults = tuple(str(fault) for one in found.values() for fault in one.faults)
+    # each once: two splits may be one file
+    faults = tuple(dict.fromkeys(str(fault) for one in found.values() for fault in one.faults))
     note_faults(faults, f", all in {FAULTS_FILE} of the run's folder")
     for name, one in found.items():
         boxes = sum(len(sample.label) for sample in one.samples)

@@ -172,12 +172,12 @@ def fit(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], 
         path: Where the weights came from.
 
     Raises:
-        CheckpointError: Entries are missing, unexpected or of another shape; all are listed, one a line.
+        CheckpointError: Entries are missing, unexpected or of another shape; the first are listed, one a line.
     """
-    faults = key_faults({name: value.shape for name, value in tensors.items()}, expected, "the detector's")
+    verdict = "do not fit the detector; use the model that the weights are of"
+    faults = key_faults({name: value.shape for name, value in tensors.items()}, expected, "the detector's", verdict)
     if faults:
-        head = f"{path}: {len(faults)} entries do not fit the detector; use the model that the weights are of"
-        raise CheckpointError("\n".join([head, *faults]))
+        raise CheckpointError(f"{path}: {faults}")
 
 
 def sha256(path: Path) -> str:
@@ -318,10 +318,7 @@ def _check_file(path: Path) -> None:
         return
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: no such file, and no folder {path.parent}: check the path")
-    names = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix in (".safetensors", ".pth"))
-    similar = difflib.get_close_matches(path.name, names)
-    if similar:
-        hint = f"did you mean {' or '.join(similar)}?"
-    else:
-        hint = f"its folder has {', '.join(names[:3])}" if names else "its folder has no weights file: check the path"
-    raise CheckpointError(f"{path}: no such file: {hint}")
+    found = {entry.stem: entry.name for entry in path.parent.iterdir() if entry.suffix in (".safetensors", ".pth")}
+    similar = [found[stem] for stem in difflib.get_close_matches(path.stem, found)]
+    hint = f"did you mean {' or '.join(similar)}? Or" if similar else "check the path, or"
+    raise CheckpointError(f"{path}: no such file: {hint} make one with `ldctl teacher train` or `ldctl teacher import`")

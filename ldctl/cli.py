@@ -3,7 +3,10 @@
 Nothing here imports torch before a command runs, so that `--help` answers at once.
 """
 
+import contextlib
+import errno
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -12,9 +15,10 @@ from typing import Annotated
 import typer
 
 from ldctl import __version__
-from ldctl.errors import LdctlError, TrainingError
+from ldctl.errors import Interrupted, LdctlError, OutputError, TrainingError, Unread
 
-INTERRUPTED = 130  # exit code, as of a shell
+# What makes a place to write to unusable, whichever part of ldctl or Python's libraries meets it first.
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG)
 
 app = typer.Typer(
     name="ldctl",
@@ -64,8 +68,17 @@ Data = Annotated[
         "--data", "-d", help="Folder of a COCO, VOC or YOLO data set. [default: data/coco]", show_default=False
     ),
 ]
+OwnData = Annotated[
+    str | None,
+    typer.Option(
+        "--data", "-d", help="Folder of a data set. [default: that of the checkpoint's run]", show_default=False
+    ),
+]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Folder of the run. [default: runs/NAME]", show_default=False)
+    str | None,
+    typer.Option(
+        "--output", "-o", metavar="<path>", help="Folder of the run. [default: runs/NAME]", show_default=False
+    ),
 ]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU when there is one]", show_default=False)
@@ -129,7 +142,7 @@ def teacher_train(
             "model.backbone.depth": model.depth if model else None,
             "model.backbone.init": init,
             "data.path": data,
-            "output": str(output) if output else None,
+            "output": output,
             "train.epochs": epochs,
             "train.batch": batch,
             "train.seed": seed,
@@ -210,7 +223,7 @@ def distill(
             "student.backbone.depth": student.depth if student else None,
             "student.backbone.init": init,
             "data.path": data,
-            "output": str(output) if output else None,
+            "output": output,
             "train.epochs": epochs,
             "train.batch": batch,
             "train.seed": seed,
@@ -228,7 +241,7 @@ def distill(
 @app.command("eval")
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A .safetensors that ldctl wrote.")],
-    data: Data = None,
+    data: OwnData = None,
     batch: Annotated[int | None, typer.Option("--batch", help="Images at once.", show_default=False)] = None,
     detections: Annotated[
         Path | None,
@@ -265,7 +278,7 @@ def export(
         Path | None,
         typer.Option("--output", "-o", help="File to write. [default: beside the checkpoint]", show_default=False),
     ] = None,
-    data: Data = None,
+    data: OwnData = None,
     images: Annotated[int, typer.Option(min=1, help="Images on which the file is checked.")] = 4,
     assignments: Assignments = None,
 ) -> None:
@@ -293,15 +306,58 @@ def main() -> None:
     """Run the command line."""
     try:
         app(prog_name="ldctl")
+        code: str | int | None = 0
     except LdctlError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(error.exit_code)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
+        code = _fail(str(error), error.exit_code)
+    except (RuntimeError, MemoryError) as error:
+        said = _out_of_memory(error)
+        if said is None:
             raise
-        typer.secho("error: out of GPU memory: pass a smaller --batch, or --device cpu", fg="red", err=True)
-        sys.exit(TrainingError.exit_code)
+        code = _fail(said, TrainingError.exit_code)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        where = error.filename or "stdout or stderr"
+        code = _fail(f"{where}: cannot be written ({error.strerror}): choose another place", OutputError.exit_code)
     except SystemExit as stop:
-        if stop.code == INTERRUPTED:  # Ctrl-C outside of the training loop, of which typer says nothing
-            typer.secho("error: interrupted", fg="red", err=True)
-        raise
+        code = stop.code
+        if isinstance(stop.__context__, BrokenPipeError):  # typer and rich make 1 of it
+            code = Unread.exit_code
+        elif code == Interrupted.exit_code:  # Ctrl-C outside of the training loop, of which typer says nothing
+            _fail("interrupted", code)
+    sys.exit(_flush() or code)
+
+
+def _fail(text: str, code: int) -> int:
+    """Say what went wrong, where that can be read; return the exit code."""
+    with contextlib.suppress(OSError):
+        typer.secho(f"error: {text}", fg=None if os.environ.get("NO_COLOR") else "red", err=True)
+    return code
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    """Return what to do about an error that says that memory ran out; none of another."""
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
+        return "out of GPU memory: pass a smaller --batch, or --device cpu"
+    if text.startswith("DataLoader worker"):
+        return (
+            "a process that loads images was killed, probably because memory ran out: lower data.workers or --batch; "
+            "a training run goes on with --resume --set data.workers=1"
+        )
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return "out of memory: pass a smaller --batch"
+    return None
+
+
+def _flush() -> int:
+    """Write what is left of the output; return an exit code where that cannot be done."""
+    code = 0
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else the interpreter tries again
+            code = Unread.exit_code if error.errno == errno.EPIPE else OutputError.exit_code
+    return code

@@ -28,8 +28,9 @@ from ldctl.assemble import (
     start,
 )
 from ldctl.checkpoint import CheckpointMeta
-from ldctl.data import in_class_order, open_dataset
+from ldctl.data import DataSpec, in_class_order, open_dataset
 from ldctl.data.check import inspect
+from ldctl.data.synthetic import SyntheticSpec
 from ldctl.errors import DataError, OutputError, SpecError
 from ldctl.export import OnnxExporter
 from ldctl.metrics import Metrics, metrics_table, per_class_table, read_coco_results, to_coco_results
@@ -53,6 +54,7 @@ from ldctl.types import Dataset
 
 SAME_AP = 0.001  # evaluations of the same weights on the same images differ less, whatever the device
 USELESS_AP = 0.01
+LEAST_WIDTH = 60  # columns of the tables: in fewer, rich leaves cells empty; a terminal wraps the lines
 
 S = TypeVar("S", TeacherSpec, DistillSpec, EvalSpec, ExportSpec)
 
@@ -405,7 +407,7 @@ def export(spec: ExportSpec, target: Path | None) -> str:
     target = target or source.with_suffix(".onnx")
     checkpoint.check_new(target)
     detector, meta = load_detector(source)
-    dataset = inspect(open_dataset(spec.data, "val")).dataset
+    dataset = images_to_check(spec)
     dataset = replace(dataset, samples=dataset.samples[: spec.images])
     found = predict(
         detector,
@@ -438,11 +440,22 @@ def export(spec: ExportSpec, target: Path | None) -> str:
     )
 
 
+def images_to_check(spec: ExportSpec) -> Dataset:
+    """Return the data set on which to compare an exported file with its detector; generated where there is none."""
+    try:
+        return inspect(open_dataset(spec.data, "val")).dataset
+    except DataError as error:
+        note(f"{error}\nchecking the file on generated images instead")
+    generated = DataSpec(format="synthetic", synthetic=SyntheticSpec(val=spec.images, size=320))
+    return open_dataset(generated, "val")
+
+
 def print_metrics(results: Mapping[str, Metrics], *, per_class: bool = False) -> None:
     """Print the figures of some detectors side by side on stdout."""
     if not distributed.is_main():
         return
     console = Console()
+    console.width = max(console.width, LEAST_WIDTH)
     console.print(metrics_table(results))
     if per_class:
         console.print(per_class_table(results))

@@ -61,6 +61,18 @@ class Interrupted(LdctlError):
     exit_code = 130
 
 
+class HungUp(Interrupted):
+    """The terminal was closed (SIGHUP)."""
+
+    exit_code = 129
+
+
+class Unread(Interrupted):
+    """What reads the output was closed (SIGPIPE), as after `| head`."""
+
+    exit_code = 141
+
+
 class Terminated(Interrupted):
     """The system asked to stop (SIGTERM)."""
 

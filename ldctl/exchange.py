@@ -91,8 +91,16 @@ def export_mmdet(source: Path, target: Path | None) -> str:
     """
     target = target or source.with_suffix(".pth")
     checkpoint.check_new(target)
-    state = mmdet.to_mmdet(load_detector(source)[0].state_dict())
+    detector, _ = load_detector(source)
+    state = mmdet.to_mmdet(detector.state_dict())
     packed = io.BytesIO()
     torch.save({"meta": {}, "state_dict": state}, packed)
     checkpoint.write_whole(target, packed.getvalue())
-    return f"{target}: {len(state)} entries under mmdet's names"
+    said = f"{target}: {len(state)} entries under mmdet's names"
+    width = mmdet.stem_width(state)
+    if width == mmdet.WIDTH:
+        return said
+    return (
+        f"{said}; the backbone has {width / mmdet.WIDTH:g} times the usual width, so mmdet needs a config with "
+        f"base_channels={width} in its backbone, and `ldctl teacher import` does not read it"
+    )

@@ -1,5 +1,6 @@
 """What a run tells: one JSON object per line in a file, and the same records on the terminal."""
 
+import contextlib
 import json
 import math
 import os
@@ -87,6 +88,14 @@ def _is_kept(record: dict[str, Any], step: int, evaluated_step: int) -> bool:
     return bool(at <= (evaluated_step if record.get("phase") == "eval" else step))
 
 
+class _Terminal(Console):
+    """A console whose reader may go away in the middle of a run."""
+
+    def on_broken_pipe(self) -> None:
+        """Fall silent instead of ending the process, as rich does: the signal that came with it stops the loop."""
+        self.quiet = True
+
+
 class Progress:
     """Shows a run on stderr: live bars on a terminal, otherwise a plain line now and then.
 
@@ -115,7 +124,7 @@ class Progress:
     ) -> None:
         self._totals = {"epoch": num_epochs, "step": num_steps}
         self._quiet, self._every, self._clock = quiet, every, clock
-        self._console = console or Console(stderr=True)
+        self._console = console or _Terminal(stderr=True)
         self._last_step, self._mark = first_step, clock()  # where the interval of the next training record starts
         self._shown = -math.inf
         self._step_seconds: float | None = None
@@ -136,7 +145,8 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._live:
-            self._live.stop()
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self._live.stop()
 
     def train(
         self, *, epoch: int, step: int, images: int, data_seconds: float, values: Mapping[str, float]
@@ -198,7 +208,10 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line; on a terminal it stays above the bars."""
         if not self._quiet:
-            self._console.print(Text(text), soft_wrap=True)
+            try:
+                self._console.print(Text(text), soft_wrap=True)
+            except OSError:  # a display that cannot be written to is no reason to stop: the log file has it all
+                self._quiet = True
 
     def _now_and_then(self, text: str, *, must: bool = False) -> None:
         """Print a line unless the last such line is less than `every` seconds old."""

@@ -20,6 +20,7 @@ from ldctl.keys import key_faults
 
 PROJECT = "bbox_head.integral.project"  # mmdet keeps the bins 0 .. reg_max as a buffer
 NUM_LEVELS = 5
+WIDTH = 64  # channels behind the first layer of a ResNet of full width
 NUM_MAPS = 3  # backbone maps that the pyramid reads
 OFFSETS = 18  # x and y of each input of a deformable 3x3 convolution; its second version has a mask, too: 27
 BUILDERS = {18: resnet.resnet18, 34: resnet.resnet34, 50: resnet.resnet50, 101: resnet.resnet101}
@@ -114,6 +115,12 @@ def infer_mmdet(state: Mapping[str, Tensor], path: Path) -> Inferred:
             f"{path}: no ResNet of 18, 34, 50 or 101 layers ({blocks} blocks in backbone.layer3): "
             "import a GFL detector with such a backbone"
         )
+    width = stem_width(state) / WIDTH
+    if width != 1:
+        raise CheckpointError(
+            f"{path}: the backbone has {width:g} times the width of a ResNet-{depth}, as ldctl's narrow students, and "
+            "cannot be imported: use the .safetensors that the file was exported from"
+        )
     cls, edge = state["bbox_head.gfl_cls.weight"], state["bbox_head.gfl_reg.weight"]
     if cls.ndim != 4 or edge.ndim != 4 or edge.shape[0] % 4 or edge.shape[0] < 8:
         raise CheckpointError(
@@ -135,14 +142,14 @@ def from_mmdet(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: It is no such detector, its bins are not 0 .. reg_max, a weight is not finite, or entries are
-            missing, unexpected or of another shape; all are listed, one a line.
+            missing, unexpected or of another shape; the first are listed, one a line.
     """
     inferred = infer_mmdet(state, path)
     expected = {name: shape for name, shape in _expected(inferred).items() if name != PROJECT or name in state}
-    faults = key_faults({name: value.shape for name, value in state.items()}, expected, "GFL's")
+    verdict = f"do not fit a GFL detector with ResNet-{inferred.depth}: nothing imported"
+    faults = key_faults({name: value.shape for name, value in state.items()}, expected, "GFL's", verdict)
     if faults:
-        head = f"{path}: {len(faults)} entries do not fit a GFL detector with ResNet-{inferred.depth}: nothing imported"
-        raise CheckpointError("\n".join([head, *faults]))
+        raise CheckpointError(f"{path}: {faults}")
     _check_values(state, path)
     names = _names(inferred.num_convs)
     return {
@@ -150,6 +157,12 @@ def from_mmdet(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         for name, value in state.items()
         if name != PROJECT
     }
+
+
+def stem_width(state: Mapping[str, Tensor]) -> int:
+    """Return the channels of the backbone's first layer, `WIDTH` where the file does not have it."""
+    first = state.get("backbone.conv1.weight")
+    return WIDTH if first is None or first.ndim == 0 else first.shape[0]
 
 
 def to_mmdet(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Run a detector over a data set."""
 
 from collections.abc import Callable
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -42,8 +43,9 @@ def predict(
     rank, world_size = distributed.rank(), distributed.world_size()
     total = len(dataset.samples)
     on_batch(0, total)
-    with torch.no_grad():
-        for batch in eval_batches(dataset, data, batch_size=batch_size, rank=rank, world_size=world_size):
+    batches = eval_batches(dataset, data, batch_size=batch_size, rank=rank, world_size=world_size)
+    with torch.no_grad(), closing(batches):
+        for batch in batches:
             moved = to_device(batch, device)
             dense = detector(detector.normalize(moved.images, moved.size_hw))
             detections = detect(dense, moved.size_hw, moved.original_hw, moved.image_id, postprocess)

@@ -1,17 +1,28 @@
 """The folder of a run: taken once, and continued only by the spec that it was started with."""
 
+import errno
 import os
+import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
 from ldctl import distributed, toml
+from ldctl.checkpoint import write_whole
 from ldctl.errors import OutputError, SpecError
 from ldctl.spec import RunSpec
+from ldctl.toml_text import literal
+
+if sys.platform != "win32":
+    import fcntl
 
 SPEC_FILE = "spec.toml"
 HEADER = "# The resolved spec of this run, written by ldctl.\n\n"
 FAULTS_FILE = "data_faults.txt"
+LOCK_FILE = ".lock"
+# All that a run leaves that failed before it computed anything.
+START_FILES = {SPEC_FILE, FAULTS_FILE, LOCK_FILE}
+SHOWN_KEYS = 10
 # What a resumed run may change: nothing of what it learns from. Another number of micro-batches rounds differently.
 RESUMABLE = (
     "device",
@@ -46,13 +57,12 @@ def check_output(spec: RunSpec, *, resume: bool) -> Path:
             raise OutputError(f"{folder}: holds no run to resume: mend --output, or leave out --resume")
         _check_same(spec, saved)
         return folder
-    found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    # A run that failed before it computed anything left but these; a spec without the header is the user's own work.
-    is_own = saved.is_file() and not saved.read_text(errors="replace").startswith(HEADER)
-    is_begun = is_own or not found <= {SPEC_FILE, FAULTS_FILE}
-    if is_begun and SPEC_FILE in found:
+    # a spec without the header is the user's own work
+    is_ours = saved.is_file() and saved.read_text(errors="replace").startswith(HEADER)
+    if saved.is_file() and (not is_ours or _holds_results(folder)):
         raise OutputError(f"{folder}: holds a run already: continue it with --resume, or pass another --output")
-    if is_begun or folder.is_file():
+    found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or not (is_ours or found <= START_FILES):
         raise OutputError(f"{folder}: exists and holds something else: pass another --output")
     if target.suffix == ".safetensors" and target.exists():
         raise OutputError(f"{target}: exists already: pass another --output")
@@ -65,7 +75,7 @@ def check_output(spec: RunSpec, *, resume: bool) -> Path:
 
 
 def open_folder(spec: RunSpec, folder: Path, faults: tuple[str, ...], remark: str = "") -> None:
-    """Make the folder, and write what is to be run and what is wrong with its data.
+    """Make the folder, keep other processes out of it, and write what is to be run and what is wrong with its data.
 
     Args:
         spec: What is to be run.
@@ -74,19 +84,49 @@ def open_folder(spec: RunSpec, folder: Path, faults: tuple[str, ...], remark: st
         remark: What else is known of the run before it starts: a comment in its spec.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: It cannot be written, or another process is writing there.
     """
     distributed.barrier()  # every rank has looked at the folder before one writes
     if distributed.is_main():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            comment = f"# {' '.join(remark.split())}\n\n" if remark else ""
-            (folder / SPEC_FILE).write_text(HEADER + comment + toml.dumps(spec))
-            if faults:
-                (folder / FAULTS_FILE).write_text("".join(f"{fault}\n" for fault in faults))
+            _lock(folder)
         except OSError as error:
             raise OutputError(f"{folder}: cannot be written ({error.strerror}): pass another --output") from error
+        comment = f"# {' '.join(remark.split())}\n\n" if remark else ""
+        write_whole(folder / SPEC_FILE, (HEADER + comment + toml.dumps(spec)).encode())
+        if faults:
+            write_whole(folder / FAULTS_FILE, "".join(f"{fault}\n" for fault in faults).encode())
     distributed.barrier()
+
+
+def _holds_results(folder: Path) -> bool:
+    """Return whether a run computed anything: it left more than `START_FILES` and files without a byte."""
+    return any(path.is_file() and path.name not in START_FILES and path.stat().st_size for path in folder.rglob("*"))
+
+
+def _lock(folder: Path) -> None:
+    """Keep other processes from writing to a folder, until this one ends in whatever way.
+
+    Raises:
+        OutputError: Another process does so.
+        OSError: The lock file cannot be opened.
+    """
+    if sys.platform == "win32":
+        return
+    # Never closed: closing a file gives up a lock of this kind, which data workers do not inherit.
+    handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system without locks
+        holder = os.read(handle, 20).decode(errors="replace").strip()
+        raise OutputError(
+            f"{folder}: another ldctl is writing here (pid {holder}): wait for it, or pass another --output"
+        ) from error
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
 
 
 def _check_same(spec: RunSpec, saved: Path) -> None:
@@ -98,10 +138,16 @@ def _check_same(spec: RunSpec, saved: Path) -> None:
     new = _flat(tomllib.loads(toml.dumps(spec)))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in RESUMABLE]
     if changed:
-        shown = "; ".join(f"{key}: was {old.get(key, 'unset')}, now {new.get(key, 'unset')}" for key in changed)
+        shown = "; ".join(f"{key}: was {_shown(old, key)}, now {_shown(new, key)}" for key in changed[:SHOWN_KEYS])
+        if len(changed) > SHOWN_KEYS:
+            shown += f"; and {len(changed) - SHOWN_KEYS} keys more"
         raise SpecError(
             f"--resume: {saved} says otherwise: {shown}: resume with the values that the run was started with"
         )
+
+
+def _shown(values: Mapping[str, object], key: str) -> str:
+    return literal(values[key]) if key in values else "unset"
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:

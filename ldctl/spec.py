@@ -1,5 +1,7 @@
 """Run specs: all that a run depends on, composed from the leaf schemas, loaded from presets, flags and `--set`."""
 
+import difflib
+import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -52,7 +54,7 @@ class TrainSpec(Spec):
         seed: Decides initial weights, order of images and augmentation.
     """
 
-    epochs: int = Field(default=12, ge=1)
+    epochs: int = Field(default=12, ge=1, le=1_000_000)
     batch: int = Field(default=16, ge=1)
     accumulate: int = Field(default=1, ge=1)
     optim: OptimSpec = OptimSpec()
@@ -63,7 +65,7 @@ class TrainSpec(Spec):
     eval_every: int = Field(default=1, ge=1)
     save_every: int = Field(default=1000, ge=1)
     log_every: int = Field(default=20, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _check_batch(self) -> "TrainSpec":
@@ -235,7 +237,7 @@ class RunSpec(Spec):
     train: TrainSpec = TrainSpec()
     postprocess: PostprocessSpec = PostprocessSpec()
     device: str = "auto"
-    output: str | None = None
+    output: str | None = Field(default=None, min_length=1)
 
 
 class TeacherSpec(RunSpec):
@@ -390,7 +392,27 @@ def load(cls: type[S], preset: str | None, flags: Mapping[str, object], assignme
     Raises:
         SpecError: Lists every fault, each with where it stands.
     """
-    return toml.load(cls, file=find_preset(preset) if preset else None, flags=flags, assignments=assignments)
+    file = find_preset(preset) if preset else None
+    if file:
+        _check_command(cls, file)
+    return toml.load(cls, file=file, flags=flags, assignments=assignments)
+
+
+def _check_command(cls: type[Spec], file: Path) -> None:
+    """Refuse a file that another command reads.
+
+    Raises:
+        SpecError: Names that command.
+    """
+    try:
+        keys = tomllib.loads(file.read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError):  # what is wrong with it is said where it is read
+        return
+    if keys <= cls.model_fields.keys():
+        return
+    for other, command in ((TeacherSpec, "ldctl teacher train"), (DistillSpec, "ldctl distill")):
+        if other is not cls and keys <= other.model_fields.keys():
+            raise SpecError(f"{file}: this preset is for `{command}`")
 
 
 def preset_folder() -> Path:
@@ -413,10 +435,14 @@ def find_preset(name: str) -> Path:
     Raises:
         SpecError: Neither exists.
     """
+    if name in preset_names():
+        return preset_folder() / f"{name}.toml"
+    if Path(name).is_dir():
+        raise SpecError(f"--preset {name}: a folder: give a .toml file in it, or the name of a preset")
     if name.endswith(".toml"):
         if not Path(name).is_file():
             raise SpecError(f"--preset {name}: no such file")
         return Path(name)
-    if name not in preset_names():
-        raise SpecError(f"--preset {name}: no such preset; there are {', '.join(preset_names())}, or give a .toml file")
-    return preset_folder() / f"{name}.toml"
+    near = difflib.get_close_matches(name, preset_names(), n=1)
+    hint = f"did you mean {near[0]}? There" if near else "there"
+    raise SpecError(f"--preset {name}: no such preset; {hint} are {', '.join(preset_names())}, or give a .toml file")

@@ -72,14 +72,24 @@ def load(cls: type[S], *, file: Path | None, flags: Mapping[str, object], assign
     try:
         spec = cls.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        for fault in _merge(_explain(cls, values, detail) for detail in error.errors()):
-            known = next(fault.path[:k] for k in range(len(fault.path), -1, -1) if fault.path[:k] in origins or k == 0)
+        details = [detail for detail in error.errors() if not _is_echo(detail)]
+        for fault in _merge(_explain(cls, values, detail) for detail in details):
             text = ": ".join(filter(None, (".".join(map(str, fault.path)), fault.text)))
-            faults.setdefault(origins.get(known, Origin(0, 0, "")), []).append(text)
+            faults.setdefault(_origin(origins, fault.path), []).append(text)
     if faults:
         lines = [": ".join(filter(None, (origin.text, text))) for origin in sorted(faults) for text in faults[origin]]
         raise SpecError("\n".join(line.replace("\n", " ") for line in dict.fromkeys(lines)))
     return spec
+
+
+def _origin(origins: Mapping[KeyPath, Origin], path: KeyPath) -> Origin:
+    """Return where the value at a path comes from; no line of a file where the command line changed part of it."""
+    known = next(path[:k] for k in range(len(path), -1, -1) if path[:k] in origins or k == 0)
+    origin = origins.get(known, Origin(0, 0, ""))
+    is_changed = any(part.layer > 0 for other, part in origins.items() if other[: len(path)] == path)
+    if origin.layer == 0 and is_changed:
+        return Origin(1, 0, "command line") if path else Origin(0, 0, "")  # options always change something at the top
+    return origin
 
 
 def dumps(spec: BaseModel) -> str:
@@ -102,6 +112,8 @@ def _read(file: Path) -> tuple[dict[str, object], dict[KeyPath, Origin]]:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SpecError(f"{file}:{syntax_fault(text, str(error))}") from error
+    except ValueError as error:  # all that is left: a number that Python refuses to read
+        raise SpecError(f"{file}: holds a number of thousands of digits; mend it") from error
     lines = {path: Origin(0, line, f"{file}:{line}") for path, line in locate(text).items()}
     return values, {(): Origin(0, 0, str(file))} | lines
 
@@ -120,6 +132,8 @@ def _parse_assignment(assignment: str) -> tuple[str, object]:
         if text[:1] in ("[", "{", '"', "'"):
             raise SpecError(f"{key}: {_shorten(text)} is not a TOML value; check quotes and brackets") from error
         return key, text
+    except ValueError as error:  # as in `_read`
+        raise SpecError(f"{key}: a number of thousands of digits; mend it") from error
     if len(parsed) > 1:
         raise SpecError(f"{key}: more than one value; use one --set for each")
     return key, parsed["v"]
@@ -241,6 +255,11 @@ _EXPECTED = {
 }
 
 
+def _is_echo(detail: ErrorDetails) -> bool:
+    """Return whether a list is called too short only because its items have faults of their own."""
+    return detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]
+
+
 def _explain(cls: type[BaseModel], values: dict[str, object], detail: ErrorDetails) -> Fault:
     """Say in the user's words what pydantic found."""
     path, owner, schema = _resolve(cls, values, detail["loc"])
@@ -270,6 +289,8 @@ def _explain(cls: type[BaseModel], values: dict[str, object], detail: ErrorDetai
     if kind in ("literal_error", "enum"):
         names = re.findall(r"'([^']*)'", str(context["expected"]))
         return Fault(path, str(context["expected"]), rest + _suggest(str(given), names))
+    if kind in ("too_short", "string_too_short"):
+        return Fault(path, "", "must not be empty")
     if kind in _EXPECTED:
         return Fault(path, _EXPECTED[kind], rest)
     return Fault(path, "", detail["msg"].replace("Input should be", "must be") + rest)

@@ -4,7 +4,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from ldctl import checkpoint, distributed
 from ldctl.checkpoint import CheckpointMeta
 from ldctl.data import DataSpec
 from ldctl.data.loader import num_steps, train_batches
-from ldctl.errors import CheckpointError, Interrupted, Terminated, TrainingError
+from ldctl.errors import CheckpointError, HungUp, Interrupted, OutputError, Terminated, TrainingError, Unread
 from ldctl.log import MetricsLog, Progress, truncate_after
 from ldctl.metrics import Metrics, evaluate
 from ldctl.models.detector import Detector, PostprocessSpec
@@ -79,11 +79,20 @@ class Interrupts:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
+def stops() -> dict[int, type[Interrupted]]:
+    """Return what a signal that asks to stop is reported as."""
+    kinds = {"SIGINT": Interrupted, "SIGTERM": Terminated, "SIGHUP": HungUp, "SIGPIPE": Unread}
+    return {int(getattr(signal, name)): kind for name, kind in kinds.items() if hasattr(signal, name)}
+
+
 @contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """Turn SIGINT and SIGTERM into a request that the loop honours after its step, while the context lasts."""
+    """Turn the signals of `stops` into a request that the loop honours after its step, while the context lasts."""
     handler = Interrupts()
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = set(stops())
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)  # started by nohup
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield handler
     finally:
@@ -160,6 +169,8 @@ class Trainer:
                     f"{job.name}: out of GPU memory at step {self.step + 1}: go on with smaller micro-batches, "
                     f"--resume --set train.accumulate={2 * job.train.accumulate}"
                 ) from error
+            except OutputError as error:
+                raise OutputError(f"{error}; what was saved before is intact, --resume goes on") from error
         assert self.metrics is not None
         return self.metrics
 
@@ -181,6 +192,14 @@ class Trainer:
             world_size=distributed.world_size(),
             teacher_scale=job.teaching.scale if job.teaching else 1.0,
         )
+        with closing(batches):
+            self._take_steps(batches, epoch, stop, progress, log)
+
+    def _take_steps(
+        self, batches: Iterable[Batch], epoch: int, stop: Interrupts, progress: Progress, log: MetricsLog
+    ) -> None:
+        """Take a step with each batch; record, save and stop where that is due."""
+        job, train = self.job, self.job.train
         unseen, waited, mark = 0, 0.0, time.monotonic()
         for batch in batches:
             waited += time.monotonic() - mark
@@ -318,8 +337,7 @@ class Trainer:
     def _stop_if(self, signal_number: int | None) -> None:
         if signal_number is None:
             return
-        kind = Interrupted if signal_number == signal.SIGINT else Terminated
-        raise kind(
+        raise stops()[signal_number](
             f"{self.job.name}: stopped at step {self.step} of {self.total_steps}; repeat the command with --resume"
         )
 

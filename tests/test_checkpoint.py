@@ -175,23 +175,27 @@ def test_a_path_that_is_a_folder_or_lies_in_a_file(good: Path, tmp_path: Path) -
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [good.name, "folder"]
 
 
+MAKE_ONE = "make one with `ldctl teacher train` or `ldctl teacher import`"
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("bset.safetensors", "did you mean best.safetensors?"),
-        ("best.pth", "its folder has best.safetensors"),
+        ("bset.safetensors", "did you mean best.safetensors? Or"),
+        ("best.pth", "did you mean best.safetensors? Or"),
+        ("other.safetensors", "check the path, or"),  # a like suffix is no likeness
     ],
 )
 def test_no_such_file(good: Path, name: str, hint: str) -> None:
     path = good.parent / name
-    assert fault(path) == f"{path}: no such file: {hint}"
+    assert fault(path) == f"{path}: no such file: {hint} {MAKE_ONE}"
     with pytest.raises(CheckpointError, match="no such file"):
         checkpoint.sha256(path)
 
 
 def test_no_such_file_in_a_folder_without_any(tmp_path: Path) -> None:
     path = tmp_path / "best.safetensors"
-    assert fault(path) == f"{path}: no such file: its folder has no weights file"
+    assert fault(path) == f"{path}: no such file: check the path, or {MAKE_ONE}"
 
 
 def test_no_such_folder(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from datasets import coco_document, write_coco
 from ldctl import checkpoint, engine, mmdet
 from ldctl.checkpoint import CheckpointMeta
 from ldctl.cli import main
+from ldctl.metrics import TITLES, Metrics
 from ldctl.models import Detector, ModelSpec, ResNetSpec
 from ldctl.types import Batch
 
@@ -180,7 +181,9 @@ MISTAKES = {
     "distill": (3, "error: teacher: no teacher: pass --teacher FILE, or say in [teacher.model] what to train first\n"),
     "distill --preset nope.toml": (3, "error: --preset nope.toml: no such file\n"),
     "distill --teacher none.safetensors": (
-        5, "error: none.safetensors: no such file: did you mean text.safetensors or foreign.safetensors?\n",
+        5,
+        "error: none.safetensors: no such file: check the path, or make one with `ldctl teacher train` or "
+        "`ldctl teacher import`\n",
     ),
     "distill --teacher no/none.safetensors": (
         5, "error: no/none.safetensors: no such file, and no folder no: check the path\n",
@@ -202,6 +205,17 @@ MISTAKES = {
     "teacher train --preset broken.toml": (3, "error: broken.toml:2:2: Expected '=' after a key in a key/value pair\n"),
     "teacher train {synthetic} {plain} --device nonsense": (
         9, "error: --device nonsense: not available here: use cpu, or check the driver and torch's build\n",
+    ),
+    "teacher train {synthetic} {plain} --device meta": (
+        9, "error: --device meta: not available here: use cpu, or check the driver and torch's build\n",
+    ),
+    f"teacher train --seed {2**63} --epochs {10**18}": (
+        3,
+        f"error: command line: train.epochs: must be less than or equal to 1000000, given {10**18}\n"
+        f"command line: train.seed: must be less than {2**63}, given {2**63}\n",
+    ),
+    f"teacher train {{synthetic}} {{plain}} -o {'x' * 300}": (
+        7, f"error: {'x' * 300}/spec.toml: cannot be written (File name too long): choose another place\n",
     ),
     "teacher train {synthetic} {plain} --set train.accumulate=3": (
         3, "error: command line: train: batch 4 does not divide into 3 micro-batches (accumulate)\n",
@@ -240,7 +254,10 @@ def test_a_mistake_gets_one_line(ldctl: Callable[[str], Ran], tmp_path: Path, li
     assert ran.out == ""
     left = tree(tmp_path)
     assert {name: left[name] for name in before} == before
-    assert set(left) - set(before) <= {"runs/teacher-r18/spec.toml"}  # what the next attempt may overwrite
+    assert set(left) - set(before) <= {
+        "runs/teacher-r18/spec.toml",
+        "runs/teacher-r18/.lock",
+    }  # what the next attempt may overwrite
 
 
 def test_a_run_that_failed_at_once_does_not_stand_in_the_way(ldctl: Callable[[str], Ran], tmp_path: Path) -> None:
@@ -446,6 +463,35 @@ def test_an_output_that_holds_a_run(ldctl: Callable[[str], Ran], teacher: Path) 
     assert tree(teacher.parent) == before
 
 
+def test_differences_from_a_resumed_run_are_in_toml_and_no_more_than_ten(
+    ldctl: Callable[[str], Ran], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "spec.toml").write_text(ldctl(f"teacher train {SYNTHETIC} {PLAIN} -o run --dry-run").out)
+    ran = ldctl("teacher train --resume -o run --set train.bf16=false --set model.backbone.init=a.pth")
+    assert (ran.code, ran.err) == (
+        3,
+        'error: --resume: run/spec.toml says otherwise: model.backbone.init: was "none", now "a.pth"; '
+        "train.bf16: was true, now false: resume with the values that the run was started with\n",
+    )
+    (folder / "spec.toml").write_text("".join(f"key{number} = 1\n" for number in range(12)))
+    (tmp_path / "empty.toml").write_text("")
+    ran = ldctl(f"teacher train --resume -o run --preset empty.toml {SYNTHETIC}")
+    assert ran.err.count(": was ") == 10
+    assert " keys more: resume with the values that the run was started with\n" in ran.err
+
+
+def test_faults_of_a_file_that_serves_both_splits_are_told_once(ldctl: Callable[[str], Ran], tmp_path: Path) -> None:
+    small_coco(tmp_path / "data")
+    (tmp_path / "data/train2017/3.jpg").unlink()
+    both = " ".join(f"--set data.{split}=annotations/instances_train2017.json" for split in ("train", "val"))
+    ran = ldctl(f"teacher train --data data --device cpu --batch 4 --epochs 1 {both} {SIZES} {PLAIN} -o run -q")
+    assert ran.code == 0, ran.err
+    assert ran.err.count("data: ") == 1
+    assert len((tmp_path / "run/data_faults.txt").read_text().splitlines()) == 1
+
+
 def test_a_spec_of_a_run_that_was_damaged(ldctl: Callable[[str], Ran], tmp_path: Path) -> None:
     folder = tmp_path / "runs/teacher-r18"
     folder.mkdir(parents=True)
@@ -484,7 +530,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5500k", "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("a small file system cannot be mounted here")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "--lazy", folder], check=True)  # this process holds the lock of a run there
 
 
 def test_a_full_disk_loses_nothing(ldctl: Callable[[str], Ran], small_disk: Path, tmp_path: Path) -> None:
@@ -493,10 +539,10 @@ def test_a_full_disk_loses_nothing(ldctl: Callable[[str], Ran], small_disk: Path
     assert ran.code == 7
     assert ran.err.splitlines()[-1] == (
         "error: disk/run/state.safetensors: cannot be written (No space left on device): free some space or choose "
-        "another place"
+        "another place; what was saved before is intact, --resume goes on"
     )
     left = sorted(path.name for path in (small_disk / "run").iterdir())
-    assert left == ["best.safetensors", "last.safetensors", "metrics.jsonl", "spec.toml", "state.safetensors"]
+    assert left == [".lock", "best.safetensors", "last.safetensors", "metrics.jsonl", "spec.toml", "state.safetensors"]
     assert checkpoint.load_state(small_disk / "run/state.safetensors").values["step"] == 3
     checkpoint.load(small_disk / "run/last.safetensors")
     subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
@@ -528,7 +574,7 @@ def wait_for(process: BaseProcess, found: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_and_resumed(
     ldctl: Callable[[str], Ran], teacher: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
@@ -547,6 +593,152 @@ def test_interrupted_and_resumed(
     assert ran.code == 0, ran.err
     steps = [record["step"] for record in runs.records(tmp_path / "run") if record["phase"] == "train"]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def hidden_from_hangups() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    slow_steps()
+
+
+def test_a_run_started_by_nohup_goes_on(tmp_path: Path) -> None:
+    line = f"teacher train {SYNTHETIC} {PLAIN} --epochs 1 -o {tmp_path}/run"
+    process = runs.start(runs.command, shlex.split(line), tmp_path / "log", hidden_from_hangups)
+    log = tmp_path / "run/metrics.jsonl"
+    wait_for(process, lambda: log.is_file() and log.read_text().count("\n") > 0)
+    assert process.pid
+    os.kill(process.pid, signal.SIGHUP)
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def piped(arguments: list[str], log: Path, handle: int, setup: Callable[[], None]) -> None:
+    """Run `ldctl` with its stderr going into a pipe that the parent reads."""
+
+    def connect() -> None:
+        os.dup2(handle, 2)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        os.close(reader_of[handle])
+        setup()
+
+    runs.command(arguments, log, connect)
+
+
+reader_of: dict[int, int] = {}  # pipes of this process, which a forked one inherits
+
+
+def test_a_closed_pipe_stops_a_run_that_can_be_resumed(ldctl: Callable[[str], Ran], tmp_path: Path) -> None:
+    """As after `2>&1 | head -4`."""
+    reader, writer = os.pipe()
+    reader_of[writer] = reader
+    line = f"teacher train {SYNTHETIC} {PLAIN} -o {tmp_path}/run"
+    process = runs.start(piped, shlex.split(line), tmp_path / "log", writer, slow_steps)
+    os.close(writer)
+    with os.fdopen(reader) as output:
+        while "step 1/" not in output.readline():
+            pass
+    process.join(60)
+    assert process.exitcode == 141
+    assert (tmp_path / "log").read_text() == ""
+    step = checkpoint.load_state(tmp_path / "run/state.safetensors").values["step"]
+    assert step < 6
+    ran = ldctl(f"teacher train --resume -o {tmp_path}/run -q")
+    assert ran.code == 0, ran.err
+    assert ldctl(f"teacher train {SYNTHETIC} {PLAIN} -q -o {tmp_path}/whole").code == 0
+    runs.same(tmp_path / "run", tmp_path / "whole")
+
+
+def program(line: str, **streams: object) -> subprocess.CompletedProcess[str]:
+    """Run a command line in a process of its own, with all that happens at its end."""
+    code = f"import sys; sys.argv = ['ldctl', *{shlex.split(line)!r}]\nfrom ldctl.cli import main\nmain()"
+    path = str(Path(__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, text=True, timeout=60, **streams
+    )  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize("line", ["--help", "distill --preset quickstart --dry-run"])
+def test_an_output_that_cannot_be_written(line: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        ran = program(line, stdout=full, stderr=subprocess.PIPE)
+        message = "error: stdout or stderr: cannot be written (No space left on device): choose another place\n"
+        assert (ran.returncode, ran.stderr) == (7, message)
+        assert program("distill --preset nope", stdout=full, stderr=full).returncode == 3
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = program(line, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (141, "")
+
+
+def test_errors_are_red_unless_the_user_wants_no_colour(
+    ldctl: Callable[[str], Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[object] = []
+    monkeypatch.setattr("typer.secho", lambda text, fg, err: said.append((text, fg, err)))
+    ldctl("distill --preset nope.toml")
+    monkeypatch.setenv("NO_COLOR", "1")
+    ldctl("distill --preset nope.toml")
+    text = "error: --preset nope.toml: no such file"
+    assert said == [(text, "red", True), (text, None, True)]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "),
+            "a process that loads images was killed, probably because memory ran out: lower data.workers or --batch; a "
+            "training run goes on with --resume --set data.workers=1",
+        ),
+        (MemoryError(), "out of memory: pass a smaller --batch"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: pass a smaller --batch"),
+        (
+            torch.cuda.OutOfMemoryError("CUDA out of memory"),
+            "out of GPU memory: pass a smaller --batch, or --device cpu",
+        ),
+    ],
+)
+def test_memory_runs_out(
+    ldctl: Callable[[str], Ran], monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(engine, "train_teacher", fail)
+    ran = ldctl("teacher train")
+    assert (ran.code, ran.err) == (8, f"error: {message}\n")
+
+
+def test_a_start_that_failed_while_it_was_computing_does_not_stand_in_the_way(
+    ldctl: Callable[[str], Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from ldctl.trainer import Trainer
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    line = f"teacher train {SYNTHETIC} {PLAIN} --epochs 1 -o run -q"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_optimize", fail)
+        assert ldctl(line).code == 8
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "metrics.jsonl", "spec.toml"]
+    assert ldctl(line).code == 0
+
+
+def test_two_processes_do_not_write_into_one_folder(ldctl: Callable[[str], Ran], tmp_path: Path) -> None:
+    line = f"teacher train {SYNTHETIC} {PLAIN} -o {tmp_path}/run"
+    process = runs.start(runs.command, shlex.split(line), tmp_path / "log", slow_steps)
+    log = tmp_path / "run/metrics.jsonl"
+    wait_for(process, lambda: log.is_file() and log.read_text().count("\n") > 2)
+    before = (tmp_path / "run/spec.toml").read_bytes()
+    ran = ldctl(f"teacher train -o {tmp_path}/run --resume -q")
+    message = f"error: {tmp_path}/run: another ldctl is writing here (pid {process.pid}): wait for it, or pass another "
+    assert (ran.code, ran.err) == (7, f"{SAID}{message}--output\n")
+    assert (tmp_path / "run/spec.toml").read_bytes() == before
+    assert process.pid
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    assert ldctl(f"teacher train -o {tmp_path}/run --resume -q").code == 0
 
 
 def sleepy_data() -> None:
@@ -665,13 +857,37 @@ def test_exports(ldctl: Callable[[str], Ran], teacher: Path, tmp_path: Path) -> 
     ran = ldctl(f"export {teacher} --to mmdet -o student.pth")
     assert ran.code == 0, ran.err
     state = torch.load(tmp_path / "student.pth", weights_only=True)["state_dict"]
-    assert ran.out == f"student.pth: {len(state)} entries under mmdet's names\n"
+    assert ran.out == (
+        f"student.pth: {len(state)} entries under mmdet's names; the backbone has 0.125 times the usual "
+        "width, so mmdet needs a config with base_channels=8 in its backbone, and `ldctl teacher import` does not read "
+        "it\n"
+    )
     assert {"backbone.conv1.weight", "bbox_head.gfl_cls.weight"} <= set(state)
     ran = ldctl(f"export {teacher} --images 1 -o student.onnx --set postprocess.score_threshold=0.002")
     assert ran.code == 0, ran.err
     assert ran.out.startswith("student.onnx: ")
     assert "checked on 1 images" in ran.out
     assert (tmp_path / "student.onnx").stat().st_size > 100_000
+
+
+def test_an_export_without_the_data_is_checked_on_generated_images(ldctl: Callable[[str], Ran], teacher: Path) -> None:
+    ran = ldctl(f"export {teacher} --images 2 --data nowhere -o student.onnx --set postprocess.score_threshold=0.002")
+    assert (ran.code, ran.err) == (
+        0,
+        f"{NO_DATA.removeprefix('error: ')}checking the file on generated images instead\n",
+    )
+    assert "checked on 2 images" in ran.out
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "20"])
+def test_tables_are_whole_on_any_terminal(capsys: pytest.CaptureFixture[str], columns: str) -> None:
+    figures = dict.fromkeys(TITLES, 0.123)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", columns)
+        engine.print_metrics({name: Metrics(**figures, per_class={}) for name in ("teacher", "plain", "student")})
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.count("0.123") for line in lines) == 3 * len(TITLES)
+    assert all(any(title in line for line in lines) for title in (*TITLES.values(), "teacher", "plain", "student"))
 
 
 # --- import ---------------------------------------------------------------------------------------------------------

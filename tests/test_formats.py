@@ -117,6 +117,7 @@ def test_all_faults_of_an_annotation_file_are_listed_at_once(tmp_path: Path) -> 
         {"id": "22", "file_name": "x.jpg", "width": 64, "height": 48},
         {"id": 23, "file_name": "x.jpg", "width": 0, "height": 48},
         "nonsense",
+        {"id": 10**30, "file_name": "x.jpg", "width": 64, "height": 48},
     ]
     document["annotations"] += [
         box(200, 10, [float("nan"), 1, 10, 10]),
@@ -138,6 +139,9 @@ def test_all_faults_of_an_annotation_file_are_listed_at_once(tmp_path: Path) -> 
         box(214, 10, [10**400, 1, 10, 10]),
         box(215, 10, [True, 1, 10, 10]),
         3,
+        box(216, 10**30, [1, 1, 10, 10]),
+        box(217, 10, [1, 1, 10, 10], iscrowd="no"),
+        box(218, 11, [1, 1, 10, 10], iscrowd=True),
     ]
     write_coco(tmp_path, document)
     train = open_dataset(DataSpec(path=str(tmp_path)), "train")
@@ -153,8 +157,12 @@ def test_all_faults_of_an_annotation_file_are_listed_at_once(tmp_path: Path) -> 
             'file_name "/etc/passwd" is not a path inside the data set',
             "image skipped",
         ),
-        "image entry 6 (counted from 0)": ('its id "22" is not a whole number', "image skipped"),
+        "image entry 6 (counted from 0)": ('its id "22" is not a whole number of at most 64 bits', "image skipped"),
         "image entry 7 (counted from 0)": ("width 0 and height 48 are not a size in pixels", "image skipped"),
+        "image entry 9 (counted from 0)": (
+            f"its id {10**30} is not a whole number of at most 64 bits",
+            "image skipped",
+        ),
         "image entry 8 (counted from 0)": ('"nonsense" is not an object', "image skipped"),
         "annotation 200": ("the box is not finite", drop),
         "annotation 201": ("the box is not finite", drop),
@@ -173,10 +181,11 @@ def test_all_faults_of_an_annotation_file_are_listed_at_once(tmp_path: Path) -> 
         "annotation 214": ("the box is not finite", drop),
         "annotation 215": ("bbox [true, 1, 10, 10] is not four numbers", gone),
         "annotation entry 21 (counted from 0)": ("3 is not an object", gone),
+        "annotation 217": ('iscrowd "no" is neither 0 nor 1', gone),
     }
     repeats = [fault.action for fault in train.faults if fault.item.startswith("annotation 100")]
     assert repeats == ["annotation dropped: it repeats the first", "kept"]
-    assert [len(sample.label) for sample in train.samples] == [2, 2, 1]
+    assert [sample.is_crowd.tolist() for sample in train.samples] == [[False] * 2, [False, False, True], [False]]
     assert all("\n" not in str(fault) and str(tmp_path) in str(fault) for fault in train.faults)
     assert str(train.faults[-1]).startswith(
         f"{tmp_path}/annotations/instances_train2017.json: annotation 207 of 0.jpg: "
@@ -209,11 +218,16 @@ def test_evaluation_keeps_what_cocos_evaluation_counts(tmp_path: Path) -> None:
         ("{", "not valid JSON"),
         ("\xff", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("[1, 2]", "list instead of an object"),
+        (
+            f'{{"images": [{"9" * 5000}]}}',
+            "holds a number of thousands of digits: write or download the file again",
+        ),
+        ("[1, 2]", "list instead of an object: name another with data.train and data.val"),
         ('{"images": []}', 'no list "categories"'),
         ('{"images": {}, "annotations": [], "categories": []}', 'no list "images"'),
-        ('{"images": [], "annotations": [], "categories": []}', "no classes"),
+        ('{"images": [], "annotations": [], "categories": []}', "no classes: there is nothing to detect: name them"),
         ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', "no image with a box"),
+        (f'{{"images": [], "annotations": [], "categories": [{{"id": {2**63}, "name": "a"}}]}}', "category 0 (counted"),
         ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', "category 0 (counted from 0) needs"),
         (
             '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
@@ -320,7 +334,10 @@ def test_voc_faults_are_listed(tmp_path: Path) -> None:
         {
             "train": {
                 "a": OBJECT.format("cat", 0, 5, 6, 30, 40) + OBJECT.format("cat", 0, "x", 6, 30, 40),
-                "b": OBJECT.format("cat", 0, 30, 6, 5, 40) + OBJECT.format("cat", 0, 5, 6, 30, 40),
+                "b": OBJECT.format("", 0, 5, 6, 30, 40)
+                + OBJECT.format("cat", 0, 30, 6, 5, 40)
+                + "<object><name>dog</name></object>"
+                + OBJECT.format("cat", 0, 5, 6, 30, 40),
                 "c": "<size><width>0</width><height>0</height></size>" + OBJECT.format("cat", 0, 5, 6, 30, 40),
                 "d": "",
                 "e": "",
@@ -334,14 +351,19 @@ def test_voc_faults_are_listed(tmp_path: Path) -> None:
     listed.write_text(listed.read_text() + "f\n../../g\na\n\n")
     write_voc(tmp_path, {"val": {"a": OBJECT.format("cat", 0, 5, 6, 30, 40) + OBJECT.format("cat", 0, "x", 6, 30, 40)}})
     dataset = open_dataset(DataSpec(path=str(tmp_path)), "train")
+    assert dataset.classes == ("cat",)
     assert [(Path(fault.file).name, fault.item, fault.problem[:22]) for fault in dataset.faults] == [
+        ("train.txt", "line 8", "a is listed before"),
+        ("b.xml", "object 1 of b.jpg", "no name"),
+        ("b.xml", "object 3 of b.jpg", "no bndbox"),
         ("d.xml", "", "not valid XML: no elem"),
         ("e.xml", "", "declares a document ty"),
         ("f.xml", "", "no annotation: No such"),
         ("ImageSets", "../../g", "not the name of an ima"),
         ("a.xml", "object 2 of a.jpg", "the box is not finite "),
-        ("b.xml", "object 1 of b.jpg", "the box has no area (f"),
+        ("b.xml", "object 2 of b.jpg", "the box has no area (f"),
     ]
+    assert str(dataset.faults[1]) == f"{tmp_path}/Annotations/b.xml: object 1 of b.jpg: no name: box dropped"
     # c says no size: it is read from the image
     assert [(Path(sample.file).stem, sample.height, len(sample.label)) for sample in dataset.samples] == [
         ("a", 48, 1),
@@ -408,7 +430,7 @@ def test_yolo_faults_are_listed(tmp_path: Path) -> None:
         ("line 4", "'0 0.5' is not a class and fou"),
         ("line 5", "'x 1 1 1 1' is not a class and"),
         ("line 9", "class -1 is not among the 2 of"),
-        ("", "not a readable image: cannot i"),
+        ("", "not a readable image: its byte"),
         ("line 6", "the box is not finite"),
         ("line 8", "the box has no area"),
         ("line 7", "the box lies outside the image"),
@@ -467,7 +489,9 @@ def test_yolo_lists_of_images_stay_inside(tmp_path: Path) -> None:
         ("train: images/train\n", "no class names"),
         ("names: [a, a]\n", "names holds a twice"),
         ("names: [a]\nnc: 2\n", "nc is 2, but there are 1 names"),
-        ("names:\n  0: a\n  2: b\n", "numbered 0 to 1"),
+        ("names:\n  0: a\n  2: b\n", "numbered 0 to 1, each once: fill the gaps"),
+        ("nc: 3\nnames: 3\n", 'data.yaml, line 2: names is 3, not a list: write "names: [cat, dog]"'),
+        ("path: nowhere\nnames: [a]\n", "data.yaml: path: nowhere: there is no folder "),
         ("names: [a]\nwhat is this\n", "line 2: not `key: value`"),
         ("names: [a]\ntrain: elsewhere\n", "no images of the split train: looked in"),
     ],
@@ -595,7 +619,11 @@ def test_pixels_as_stored_where_the_annotation_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "no such image"), (b"", "not a readable image"), (b"hello", "not a readable image")],
+    [
+        (None, "no such image"),
+        (b"", "x.jpg: not a readable image"),
+        (b"hello", "x.jpg: not a readable image: its bytes are of no known format: "),
+    ],
 )
 def test_an_unreadable_image_is_named(tmp_path: Path, content: bytes | None, said: str) -> None:
     file = tmp_path / "x.jpg"

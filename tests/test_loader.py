@@ -1,5 +1,8 @@
 """Order, sharing among ranks, resuming, and what a batch holds."""
 
+import multiprocessing
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -247,3 +250,33 @@ def test_the_last_step_is_the_last() -> None:
     with pytest.raises(DataError, match="has no pixels"):
         next(train_batches(dataset, SPEC, batch_size=16, seed=0, epoch=0, first_step=6))
     assert list(train_batches(dataset, SPEC, batch_size=16, seed=0, epoch=0, first_step=7)) == []
+
+
+HANGS = """
+import json, sys
+from pathlib import Path
+from dataclasses import replace
+sys.path.insert(0, {tests!r})
+from datasets import image_dataset
+from ldctl.data import DataSpec
+from ldctl.data.loader import eval_batches
+dataset = image_dataset(Path({folder!r}), [(48, 64)] * 40)
+dataset = replace(dataset, samples=tuple(replace(sample, image_id=10**30) for sample in dataset.samples))
+for batch in eval_batches(dataset, DataSpec(short_side=(64, 64), long_side=96, workers=2), batch_size=1):
+    pass
+"""
+
+
+def test_an_error_in_a_worker_does_not_leave_the_process_hanging(tmp_path: Path) -> None:
+    code = HANGS.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1
+    assert "verflow" in ran.stderr
+
+
+def test_a_generator_that_is_closed_ends_its_workers(dataset: Dataset) -> None:
+    batches = train_batches(dataset, SPEC.model_copy(update={"workers": 2}), batch_size=1, seed=0, epoch=0)
+    next(batches)
+    assert multiprocessing.active_children()
+    batches.close()
+    assert not multiprocessing.active_children()

@@ -162,6 +162,20 @@ def test_every_entry_that_does_not_fit_is_listed(state: dict[str, Tensor]) -> No
     )
 
 
+def test_no_more_than_twenty_entries_are_listed(state: dict[str, Tensor]) -> None:
+    lines = fault(state | {f"odd.{index}": torch.zeros(2) for index in range(23)}).splitlines()
+    assert lines[0] == "gfl.pth: 23 entries do not fit a GFL detector with ResNet-18: nothing imported"
+    assert lines[20:] == ["unexpected: odd.19 [2]", "and 3 more"]
+
+
+def test_a_narrow_backbone_is_one_line() -> None:
+    narrow = Detector(ModelSpec(backbone=ResNetSpec(depth=18, width=0.125, init="none"), channels=32), 3)
+    assert fault(to_mmdet(narrow.state_dict())) == (
+        "gfl.pth: the backbone has 0.125 times the width of a ResNet-18, as ldctl's narrow students, and cannot be "
+        "imported: use the .safetensors that the file was exported from"
+    )
+
+
 def test_bins_of_another_spacing(state: dict[str, Tensor]) -> None:
     assert fault(state | {"bbox_head.integral.project": torch.linspace(0, 8, 17)}) == (
         "gfl.pth: bbox_head.integral.project is not 0, 1, .. 16: bins that are unevenly spaced cannot be imported"

@@ -90,8 +90,7 @@ def test_defaults_are_the_references_configuration(shared: Path, deviations: Dev
         ),
         (
             "distill.terms=[]",
-            "--set distill.terms=[]: distill.terms: "
-            "Tuple should have at least 1 item after validation, not 0, given []",
+            "--set distill.terms=[]: distill.terms: must not be empty",
         ),
         (
             "distill.terms.0.weight=0",
@@ -274,7 +273,64 @@ def test_presets_are_found_by_name_and_by_path(tmp_path: Path) -> None:
     names = ", ".join(spec.preset_names())
     with pytest.raises(SpecError) as caught:
         spec.find_preset("quick")
-    assert str(caught.value) == f"--preset quick: no such preset; there are {names}, or give a .toml file"
+    assert (
+        str(caught.value)
+        == f"--preset quick: no such preset; did you mean quickstart? There are {names}, or give a .toml file"
+    )
+    with pytest.raises(SpecError, match=r"^--preset xyzzy: no such preset; there are bckd, "):
+        spec.find_preset("xyzzy")
+    with pytest.raises(SpecError) as caught:
+        spec.find_preset(str(tmp_path))
+    assert str(caught.value) == f"--preset {tmp_path}: a folder: give a .toml file in it, or the name of a preset"
+
+
+def test_a_preset_of_another_command_is_refused() -> None:
+    for cls, name, command in (
+        (DistillSpec, "small-teacher", "ldctl teacher train"),
+        (TeacherSpec, "small", "ldctl distill"),
+    ):
+        with pytest.raises(SpecError) as caught:
+            spec.load(cls, name, {"output": "run"}, [])
+        assert str(caught.value) == f"{spec.preset_folder()}/{name}.toml: this preset is for `{command}`"
+
+
+def test_faults_of_items_are_not_told_twice() -> None:
+    with pytest.raises(SpecError) as caught:
+        spec.load(
+            DistillSpec, None, {"teacher.path": "t"}, ['distill.terms=[{kind="ld",weight=-1},{kind="kd",weight=-1}]']
+        )
+    lines = str(caught.value).splitlines()
+    assert [line.partition("]: ")[2] for line in lines] == [
+        f"distill.terms.{index}.weight: must be greater than 0, given -1" for index in (0, 1)
+    ]
+
+
+def test_the_command_line_is_blamed_for_what_it_changed(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text("[train]\nbatch = 4\n\n[data]\nlong_side = 100\n")
+    for flags, assignments in (({}, ["train.accumulate=3"]), ({"train.batch": 7}, ["train.accumulate=3"])):
+        with pytest.raises(SpecError) as caught:
+            spec.load(TeacherSpec, str(tmp_path / "own.toml"), flags, assignments)
+        batch = flags.get("train.batch", 4)
+        assert str(caught.value).splitlines() == [
+            f"{tmp_path}/own.toml:4: data: short_side [800, 800] and long_side 100: needs 32 <= low <= high <= "
+            "long_side",
+            f"command line: train: batch {batch} does not divide into 3 micro-batches (accumulate)",
+        ]
+
+
+@pytest.mark.parametrize("key", ["output", "data.path"])
+def test_empty_paths_are_refused(key: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        spec.load(TeacherSpec, None, {key: ""}, [])
+    assert str(caught.value) == f"command line: {key}: must not be empty"
+
+
+def test_endless_numbers_are_refused(tmp_path: Path) -> None:
+    digits = "9" * 5000
+    (tmp_path / "own.toml").write_text(f"[train]\nseed = {digits}\n")
+    for file, assignments in ((str(tmp_path / "own.toml"), []), (None, [f"train.seed={digits}"])):
+        with pytest.raises(SpecError, match=r"a number of thousands of digits; mend it$"):
+            spec.load(TeacherSpec, file, {}, assignments)
 
 
 def test_installed_presets_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import cast
+from typing import TypeGuard, cast
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from ldctl.types import Fault
 
 NAMES: dict[Split, tuple[str, ...]] = {"train": ("train2017", "train"), "val": ("val2017", "val", "valid")}
 _PLACES = ("annotations/instances_{}.json", "annotations/{}.json", "{}/_annotations.coco.json", "{}.json")
+_LARGEST_ID = 2**63 - 1  # ids travel in 64-bit tensors
 # Looking at a few names finds the folder even when the first image is missing.
 _PROBES = 16
 
@@ -76,10 +77,15 @@ def _load(path: Path) -> Json:
         raise DataError(
             f"{path}: cannot be read: {error.strerror}: check data.path, data.train and data.val"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON: {error}: write or download the file again") from error
+    except ValueError as error:  # all that is left: a number that Python refuses to read
+        raise DataError(f"{path}: holds a number of thousands of digits: write or download the file again") from error
     if not isinstance(document, dict):
-        raise DataError(f"{path}: not a COCO annotation file: {type(document).__name__} instead of an object")
+        raise DataError(
+            f"{path}: not a COCO annotation file: {type(document).__name__} instead of an object: "
+            "name another with data.train and data.val"
+        )
     return document
 
 
@@ -102,7 +108,7 @@ def _classes(entries: list[object], path: Path, faults: list[Fault]) -> dict[int
     classes: dict[int, str] = {}
     for position, entry in enumerate(entries):
         category_id, name = (entry.get("id"), entry.get("name")) if isinstance(entry, dict) else (None, None)
-        if type(category_id) is not int or not isinstance(name, str):
+        if not _is_id(category_id) or not isinstance(name, str):
             raise DataError(f"{path}: category {position} (counted from 0) needs a whole number id and a name: mend it")
         if category_id in classes:
             raise DataError(f"{path}: category id {category_id} is given to {classes[category_id]} and {name}: mend it")
@@ -142,8 +148,8 @@ def _image(entry: object, source: str) -> ImageEntry | str:
     if not isinstance(entry, dict):
         return f"{_short(entry)} is not an object"
     image_id, name, height, width = (entry.get(key) for key in ("id", "file_name", "height", "width"))
-    if type(image_id) is not int:
-        return f"its id {_short(image_id)} is not a whole number"
+    if not _is_id(image_id):
+        return f"its id {_short(image_id)} is not a whole number of at most 64 bits"
     if not isinstance(name, str) or not is_inside(name):
         return f"file_name {_short(name)} is not a path inside the data set"
     if type(height) is not int or type(width) is not int or height <= 0 or width <= 0:
@@ -219,9 +225,13 @@ class _BoxReader:
         if not (isinstance(corners, list) and len(corners) == 4 and all(map(_is_number, corners))):
             self._report(where, f"bbox {_short(corners)} is not four numbers", "annotation dropped")
             return
+        is_crowd = entry.get("iscrowd", 0)
+        if is_crowd not in (0, 1):
+            self._report(where, f"iscrowd {_short(is_crowd)} is neither 0 nor 1", "annotation dropped")
+            return
         key = number if type(number) is int and abs(number) < 2**53 else None
-        area, is_crowd = _number(entry.get("area")), bool(entry.get("iscrowd"))
-        found = (row, *map(_number, corners), label, area, is_crowd, position if key is None else key)
+        area = _number(entry.get("area"))
+        found = (row, *map(_number, corners), label, area, float(is_crowd), position if key is None else key)
         if key is not None and (first := self._by_id.setdefault(key, found)) is not found:
             is_same = first[:6] == found[:6]
             self._report(
@@ -233,6 +243,10 @@ class _BoxReader:
 
     def _report(self, item: str, problem: str, action: str) -> None:
         self.faults.append(Fault(self._source, item, problem, action))
+
+
+def _is_id(value: object) -> TypeGuard[int]:
+    return type(value) is int and abs(value) <= _LARGEST_ID
 
 
 def _is_number(value: object) -> bool:

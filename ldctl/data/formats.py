@@ -41,7 +41,7 @@ class DataSpec(Spec):
         workers: Processes that load images, at most one per CPU core; 0 loads in the training process.
     """
 
-    path: str = "data/coco"
+    path: str = Field(default="data/coco", min_length=1)
     format: Literal["auto", "coco", "voc", "yolo", "synthetic"] = "auto"
     train: str | None = None
     val: str | None = None

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from ldctl.errors import DataError
@@ -208,5 +208,7 @@ def _one_line(error: Exception, path: Path) -> str:
     """Say what went wrong without repeating the path."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, UnidentifiedImageError):
+        return "its bytes are of no known format"
     text = " ".join(str(error).split()) or type(error).__name__
     return text.replace(repr(str(path)), "the file").replace(str(path), "the file")

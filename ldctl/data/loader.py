@@ -13,7 +13,7 @@ at most `batch_size - 1` times an image again.
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ldctl.boxes import PAD_MULTIPLE
 from ldctl.data.augment import View, eval_view, place, scaled, show, train_view
@@ -65,7 +66,7 @@ def train_batches(
     rank: int = 0,
     world_size: int = 1,
     teacher_scale: float = 1.0,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield the batches of an epoch, augmented.
 
     A global batch is padded to one size on all ranks, so that the number of ranks does not change what is computed.
@@ -98,7 +99,7 @@ def train_batches(
 
 def eval_batches(
     dataset: Dataset, spec: DataSpec, *, batch_size: int, rank: int = 0, world_size: int = 1
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield every image once, at the evaluation size.
 
     A batch holds only images of the same padded size, so that no image is padded further than it would be alone: what a
@@ -213,7 +214,7 @@ class _Batches(TorchDataset[_Packed | str]):
         return about, xyxy, label, is_object, *shown, *sizes_hw
 
 
-def _load(batches: _Batches, steps: range, workers: int) -> Iterator[Batch]:
+def _load(batches: _Batches, steps: range, workers: int) -> Generator[Batch, None, None]:
     workers = min(usable_workers(workers), len(steps))
     loader = DataLoader(
         batches,
@@ -227,26 +228,34 @@ def _load(batches: _Batches, steps: range, workers: int) -> Iterator[Batch]:
     )
     # decided for the data set, not for the batch: all ranks have to take the same way through a step
     is_annotated = all(sample.is_labelled for sample in batches.dataset.samples)
-    for packed in loader:
-        if isinstance(packed, str):
-            raise DataError(packed)
-        about, xyxy, label, is_object, *shown = packed
-        images, sizes_hw = shown[: len(shown) // 2], shown[len(shown) // 2 :]
-        yield Batch(
-            images=images[0],
-            size_hw=sizes_hw[0],
-            original_hw=about[:, :2],
-            image_id=tuple(about[:, 2].tolist()),
-            targets=Targets(gt_xyxy=xyxy, gt_label=label, is_object=is_object),
-            for_teacher=Scaled(images[1], sizes_hw[1]) if len(images) > 1 else None,
-            is_labelled=None if is_annotated else about[:, 3].bool(),
-        )
+    iterator = iter(loader)
+    try:
+        for packed in iterator:
+            if isinstance(packed, str):
+                raise DataError(packed)
+            about, xyxy, label, is_object, *shown = packed
+            images, sizes_hw = shown[: len(shown) // 2], shown[len(shown) // 2 :]
+            yield Batch(
+                images=images[0],
+                size_hw=sizes_hw[0],
+                original_hw=about[:, :2],
+                image_id=tuple(about[:, 2].tolist()),
+                targets=Targets(gt_xyxy=xyxy, gt_label=label, is_object=is_object),
+                for_teacher=Scaled(images[1], sizes_hw[1]) if len(images) > 1 else None,
+                is_labelled=None if is_annotated else about[:, 3].bool(),
+            )
+    finally:
+        # An error's traceback keeps the iterator alive to the end of the process, which would then wait for workers
+        # that nobody has told to stop.
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()
 
 
 def _leave_signals(_: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which reach all processes of a group, to the main one: it stops after its step."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Leave to the main process what reaches all processes of a group: it stops after its step."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last is Unix's
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _sizes_hw(views: Sequence[View]) -> Int64[Tensor, "B 2"]:

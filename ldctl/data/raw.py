@@ -100,7 +100,7 @@ def assemble(raw: Raw, split: Split) -> Dataset:
         DataError: There are no classes, or no image is left.
     """
     if not raw.classes:
-        raise DataError(f"{raw.name}: no classes: there is nothing to detect")
+        raise DataError(f"{raw.name}: no classes: there is nothing to detect: name them in it")
     boxes, faults = _checked(raw, split)
     samples = _samples(raw.images, boxes, split)
     faults = [*raw.faults, *faults]

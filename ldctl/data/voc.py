@@ -20,11 +20,21 @@ PAIRS = (("train", "val"), ("trainval", "test"), ("train", "test"))
 
 @dataclass(frozen=True)
 class _Object:
-    """An object of an annotation file: its class, box as VOC counts it (pixels from 1), and the `difficult` flag."""
+    """An object of an annotation file, as it stands there.
 
+    Attributes:
+        number: Its place in the file, from 1.
+        name: Its class; empty where there is none.
+        xyxy: Its box as VOC counts it, pixels from 1; NaN where there is no number.
+        is_difficult: The flag.
+        problem: Why it cannot be read, or None.
+    """
+
+    number: int
     name: str
     xyxy: tuple[float, ...]
     is_difficult: bool
+    problem: str | None
 
 
 @dataclass(frozen=True)
@@ -61,8 +71,8 @@ def read_voc(root: Path, name: str, other: str) -> Raw:
     Raises:
         DataError: The set cannot be read, or is empty.
     """
-    listed = _listed(root, name)
     faults: list[Fault] = []
+    listed = _listed(root, name, faults)
     found: list[tuple[ImageEntry, tuple[_Object, ...]]] = []
     for folder, image in listed:
         entry = _entry(folder, image, len(found), faults)
@@ -83,8 +93,8 @@ def read_voc(root: Path, name: str, other: str) -> Raw:
     )
 
 
-def _listed(root: Path, name: str) -> list[tuple[Path, str]]:
-    """Return folder and name of each image of a set, without repetitions."""
+def _listed(root: Path, name: str, faults: list[Fault]) -> list[tuple[Path, str]]:
+    """Return folder and name of each image of a set, without repetitions, which are noted."""
     images: dict[tuple[Path, str], None] = {}
     for part in name.split("+"):
         year, _, plain = part.strip().rpartition("/")
@@ -95,9 +105,16 @@ def _listed(root: Path, name: str) -> list[tuple[Path, str]]:
             there = ", ".join(sorted(path.stem for path in file.parent.glob("*.txt"))) or "none"
             raise DataError(f"{file}: no such image set (there are: {there}): see data.train and data.val") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: not a readable list of images: {error}") from error
-        # lists per class have a second column
-        images |= dict.fromkeys((root / year, line.split()[0]) for line in lines if line.strip())
+            raise DataError(
+                f"{file}: not a readable list of images ({error}): replace it, or see data.train and data.val"
+            ) from error
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            image = (root / year, line.split()[0])  # lists per class have a second column
+            if image in images:
+                faults.append(Fault(str(file), f"line {number}", f"{image[1]} is listed before", "line ignored"))
+            images[image] = None
     if not images:
         raise DataError(f"{root}: the image set {name} is empty: see data.train and data.val")
     return list(images)
@@ -107,13 +124,13 @@ def _names(root: Path, name: str) -> set[str]:
     """Return the class names of a set; none where it is not there."""
     names: set[str] = set()
     try:
-        listed = _listed(root, name)
+        listed = _listed(root, name, [])
     except DataError:  # reported where that split is opened
         return names
     for folder, image in listed:
         if _is_plain(image):
             parsed = _parse(folder / "Annotations" / f"{image}.xml")
-            names |= set() if isinstance(parsed, str) else {item.name for item in parsed.objects}
+            names |= set() if isinstance(parsed, str) else {item.name for item in parsed.objects if not item.problem}
     return names
 
 
@@ -134,7 +151,12 @@ def _entry(folder: Path, image: str, index: int, faults: list[Fault]) -> tuple[I
     except DataError as error:
         faults.append(Fault(str(file), "", str(error).removeprefix(f"{file}: "), "image skipped"))
         return None
-    return ImageEntry(index, file, height, width, str(xml)), parsed.objects
+    faults += [
+        Fault(str(xml), f"object {item.number} of {file.name}", item.problem, "box dropped")
+        for item in parsed.objects
+        if item.problem
+    ]
+    return ImageEntry(index, file, height, width, str(xml)), tuple(item for item in parsed.objects if not item.problem)
 
 
 def _parse(path: Path) -> _Annotation | str:
@@ -153,27 +175,32 @@ def _parse(path: Path) -> _Annotation | str:
     is_known = all(math.isfinite(side) and side >= 1 for side in size)
     return _Annotation(
         size=(int(size[0]), int(size[1])) if is_known else None,
-        objects=tuple(
-            _Object(
-                name=(item.findtext("name") or "").strip(),
-                xyxy=tuple(_number(item.findtext(f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax")),
-                is_difficult=_number(item.findtext("difficult")) == 1,
-            )
-            for item in tree.findall("object")
-        ),
+        objects=tuple(_object(number, item) for number, item in enumerate(tree.findall("object"), start=1)),
+    )
+
+
+def _object(number: int, item: ElementTree.Element) -> _Object:
+    name = (item.findtext("name") or "").strip()
+    problem = "no name" if not name else "no bndbox" if item.find("bndbox") is None else None
+    return _Object(
+        number=number,
+        name=name,
+        xyxy=tuple(_number(item.findtext(f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax")),
+        is_difficult=_number(item.findtext("difficult")) == 1,
+        problem=problem,
     )
 
 
 def _boxes(objects: list[tuple[_Object, ...]], classes: tuple[str, ...]) -> Boxes:
     labels = {name: label for label, name in enumerate(classes)}
-    flat = [(row, number, item) for row, items in enumerate(objects) for number, item in enumerate(items, start=1)]
+    flat = [(row, item) for row, items in enumerate(objects) for item in items]
     return Boxes(
-        image=np.array([row for row, _, _ in flat], dtype=np.int64),
-        xyxy=np.array([item.xyxy for _, _, item in flat], dtype=np.float64).reshape(-1, 4) - 1,
-        label=np.array([labels[item.name] for _, _, item in flat], dtype=np.int64),
+        image=np.array([row for row, _ in flat], dtype=np.int64),
+        xyxy=np.array([item.xyxy for _, item in flat], dtype=np.float64).reshape(-1, 4) - 1,
+        label=np.array([labels[item.name] for _, item in flat], dtype=np.int64),
         area=np.full(len(flat), math.nan),
-        is_crowd=np.array([item.is_difficult for _, _, item in flat], dtype=np.bool_),
-        number=np.array([number for _, number, _ in flat], dtype=np.int64),
+        is_crowd=np.array([item.is_difficult for _, item in flat], dtype=np.bool_),
+        number=np.array([item.number for _, item in flat], dtype=np.int64),
     )
 
 

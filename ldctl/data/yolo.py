@@ -85,7 +85,7 @@ def parse_yaml(yaml: Path) -> Entries:
     try:
         lines = yaml.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{yaml}: not a readable text file: {error}") from error
+        raise DataError(f"{yaml}: not a readable text file ({error}): save it as UTF-8") from error
     entries: Entries = {}
     key, is_flow, is_open = "", False, False
     for number, line in enumerate(map(_uncommented, lines), start=1):
@@ -96,6 +96,8 @@ def parse_yaml(yaml: Path) -> Entries:
         elif match := re.match(r"""["']?([\w.-]+)["']?\s*:(?:\s+(.*)|$)""", line):
             key, text = match[1], (match[2] or "").strip()
             is_flow = is_open = text.startswith(("[", "{"))
+            if key == "names" and text and not is_flow:
+                raise DataError(f'{yaml}, line {number}: names is {text}, not a list: write "names: [cat, dog]"')
             entries.setdefault(key, [])
         else:
             raise DataError(f"{yaml}, line {number}: not `key: value` nor an item of a list: {line.strip()[:60]}")
@@ -124,7 +126,7 @@ def _class_names(entries: Entries, yaml: Path) -> tuple[str, ...]:
     if all(index for index, _ in named):
         named = sorted(named, key=lambda item: int(item[0]))
         if [int(index) for index, _ in named] != list(range(len(named))):
-            raise DataError(f"{yaml}: names must be numbered 0 to {len(named) - 1}, each once")
+            raise DataError(f"{yaml}: names must be numbered 0 to {len(named) - 1}, each once: fill the gaps")
     names = tuple(name for _, name in named)
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"{yaml}: names holds {', '.join(repeated)} twice: give each class a name of its own")
@@ -137,6 +139,8 @@ def _class_names(entries: Entries, yaml: Path) -> tuple[str, ...]:
 def _image_files(entries: Entries, yaml: Path, split: str, faults: list[Fault]) -> list[Path]:
     """List the images of a split, each once."""
     stated = "".join(value for _, value in entries.get("path", []))
+    if not (yaml.parent / stated).is_dir():
+        raise DataError(f"{yaml}: path: {stated}: there is no folder {yaml.parent / stated}: mend or remove that line")
     bases = [yaml.parent / stated, yaml.parent]
     values = [value for _, value in entries.get(split, [])] or [split, f"images/{split}"]
     found: dict[Path, None] = {}
@@ -162,7 +166,7 @@ def _listed(file: Path, faults: list[Fault]) -> list[Path]:
     try:
         names = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: not a readable list of images: {error}") from error
+        raise DataError(f"{file}: not a readable list of images ({error}): save it as UTF-8 text") from error
     files = []
     for number, name in enumerate(map(str.strip, names), start=1):
         if not name:

@@ -213,7 +213,7 @@ def load_backbone_weights(backbone: ResNet, state: Mapping[str, Tensor], *, sour
         source: What messages call it.
 
     Raises:
-        CheckpointError: Entries are missing, unexpected or of another shape; all are listed.
+        CheckpointError: Entries are missing, unexpected or of another shape; the first are listed.
     """
     prefix = "backbone."
     if any(key.startswith(prefix) for key in state):
@@ -225,12 +225,10 @@ def load_backbone_weights(backbone: ResNet, state: Mapping[str, Tensor], *, sour
     optional = [key for key in own if key.endswith("num_batches_tracked") or ".conv_offset." in key]
     given = {key: own[key] for key in optional} | given
     shapes, own_shapes = ({key: value.shape for key, value in entries.items()} for entries in (given, own))
-    faults = key_faults(shapes, own_shapes, "the backbone's")
+    verdict = f"do not fit a ResNet-{backbone.spec.depth} of width {backbone.spec.width:g}; change depth or init"
+    faults = key_faults(shapes, own_shapes, "the backbone's", verdict)
     if faults:
-        asked = f"ResNet-{backbone.spec.depth} of width {backbone.spec.width:g}"
-        raise CheckpointError(
-            "\n".join([f"{source}: {len(faults)} entries do not fit a {asked}; change depth or init", *faults])
-        )
+        raise CheckpointError(f"{source}: {faults}")
     backbone.load_state_dict(given)
 
 
