@@ -1,4 +1,4 @@
-"""The detection losses of GFL: QFL for classes, GIoU and DFL for boxes."""
+"""The detection losses of GFL and GFLv2: QFL for classes, GIoU and DFL for boxes."""
 
 from typing import Literal
 
@@ -43,6 +43,15 @@ def quality_focal_loss(
     """
     distance = (target - logit.sigmoid()).abs()
     return binary_cross_entropy_with_logits(logit, target, reduction="none") * distance.pow(beta)
+
+
+def joint_logit(cls: Float[Tensor, "*#S"], quality: Float[Tensor, "*#S"]) -> Float[Tensor, "*S"]:
+    """Return the logit of `sigmoid(cls) * sigmoid(quality)`; shapes broadcast.
+
+    With it the losses of single logits serve for products too: no probability is rounded to 0 or 1 on the way.
+    """
+    # odds against the product: (1 + e^-c) (1 + e^-q) - 1
+    return -torch.logaddexp(torch.logaddexp(-cls, -quality), -cls - quality)
 
 
 def distribution_focal_loss(edge: Float[Tensor, "N 4 R"], target_ltrb: Float[Tensor, "N 4"]) -> Float[Tensor, " N"]:
@@ -96,7 +105,7 @@ def positive_count(assigned: Assigned) -> Int64[Tensor, ""]:
 def detection_losses(
     spec: LossSpec, dense: Dense, assigned: Assigned, main: Where, norm: Normalizer
 ) -> dict[str, Float[Tensor, ""]]:
-    """Return `qfl`, `giou` and `dfl`, weighted and normalised; their sum trains a plain GFL detector.
+    """Return `qfl`, `giou` and `dfl`, weighted and normalised; their sum trains a plain GFL or GFLv2 detector.
 
     Args:
         spec: Weights.
@@ -133,7 +142,9 @@ def detection_losses(
 def classification_loss(
     dense: Dense, assigned: Assigned, main: Where, quality: Float[Tensor, " N"]
 ) -> Float[Tensor, ""]:
-    """Return QFL summed over all valid locations and classes, not normalised.
+    """Return QFL of the joint score, summed over all valid locations and classes, not normalised.
+
+    Where the head tells a quality, gradients reach it, and through it the edge distributions.
 
     Args:
         dense: The detector's outputs.
@@ -142,6 +153,8 @@ def classification_loss(
         quality: IoU of each positive's predicted box with its object: the target of the object's class.
     """
     logit = dense.cls.float()
+    if dense.quality is not None:
+        logit = joint_logit(logit, dense.quality.float()[..., None])
     target = torch.zeros_like(logit)
     target.flatten(0, 1)[main.row, assigned.label.flatten()[main.row]] = quality
     return (quality_focal_loss(logit, target).sum(dim=-1) * assigned.is_valid).sum()

@@ -121,6 +121,7 @@ def _levels(dense: Dense, levels: slice, locations: Locations) -> Dense:
         features=dense.features[levels],
         towers=TowerMaps(cls=dense.towers.cls[levels], edge=dense.towers.edge[levels]),
         locations=locations,
+        quality=None if dense.quality is None else dense.quality[:, rows],
     )
 
 

@@ -19,7 +19,7 @@ from ldctl.boxes import (
     prior_boxes,
 )
 from ldctl.schema import Spec
-from ldctl.types import Assigned, Locations, Pair, Targets, Where
+from ldctl.types import Assigned, Dense, Locations, Pair, Targets, Where
 
 Region = Literal["main", "vlr", "all", "inside_gt", "outside_gt", "finegrained", "gi"]
 VlrKind = Literal["diou", "reference"]
@@ -59,7 +59,7 @@ def region(name: Region, spec: RegionSpec, pair: Pair, assigned: Assigned, targe
     locations = pair.student.locations
     match name:
         case "main":
-            return main_region(pair.student.cls, assigned, locations)
+            return main_region(pair.student, assigned)
         case "vlr":
             return vlr_region(spec, assigned, targets, locations)
         case "all":
@@ -74,13 +74,12 @@ def region(name: Region, spec: RegionSpec, pair: Pair, assigned: Assigned, targe
 
 
 @torch.no_grad()
-def main_region(student_cls: Float[Tensor, "B A C"], assigned: Assigned, locations: Locations) -> Where:
+def main_region(student: Dense, assigned: Assigned) -> Where:
     """Select the positives, weighted by the student's best class score (over all classes, not only the object's).
 
     Source: GFL's released code weights its box losses so; LD's released code its main-region LD too.
     """
-    score = student_cls.float().amax(dim=-1).sigmoid()
-    return select(assigned.is_positive, score, locations)
+    return select(assigned.is_positive, student.best_score, student.locations)
 
 
 @torch.no_grad()
@@ -181,7 +180,7 @@ def general_instances(pair: Pair, assigned: Assigned) -> Bool[Tensor, "B A"]:
     Differs from the released LD code: that takes ten per level of the whole batch, whose images suppress one another.
     """
     locations = pair.student.locations
-    student, teacher = pair.student.cls.float().sigmoid(), pair.teacher.cls.float().sigmoid()
+    student, teacher = pair.student.score, pair.teacher.score
     gap, label = (student - teacher).abs().max(dim=-1)
     is_student_surer = (student > teacher).gather(-1, label[..., None])
     best = gap.where(assigned.is_valid, -1.0).topk(min(GI_CANDIDATES, gap.shape[1]))

@@ -131,7 +131,7 @@ def training_losses(
     with autocast:
         dense = learner(images)
     assigned = assign_labelled(dense.locations, batch, detector.num_classes)
-    main = main_region(dense.cls, assigned, dense.locations)  # synchronises: number of positives
+    main = main_region(dense, assigned)  # synchronises: number of positives
     norm = normalizer(teaching.spec.normalize if teaching else "synced", assigned, main, parts=parts)
     if num_positive is not None:
         norm = replace(norm, num_positive=num_positive)
@@ -216,7 +216,7 @@ def with_pseudo_objects(
         is_object=torch.cat((lesson.targets.is_object, found.is_object), dim=1),
     )
     assigned = assign(student.locations, targets, padded_hw(batch.size_hw), student.cls.shape[-1])
-    main = main_region(student.cls, assigned, student.locations)
+    main = main_region(student, assigned)
     norm = normalizer(lesson.norm.kind, assigned, main, parts=parts)
     return Lesson(lesson.pair, targets, assigned, main, norm)
 
@@ -225,7 +225,7 @@ def on_shared_levels(lesson: Lesson, shift: int) -> Lesson:
     """Return the lesson at the levels that student and teacher share; what losses are divided by stays."""
     pair = share_levels(lesson.pair, shift)
     assigned = share_assigned(lesson.assigned, lesson.pair.student.locations, shift)
-    main = main_region(pair.student.cls, assigned, pair.student.locations)
+    main = main_region(pair.student, assigned)
     return replace(lesson, pair=pair, assigned=assigned, main=main)
 
 

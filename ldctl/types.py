@@ -17,7 +17,7 @@ units).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -195,6 +195,7 @@ class Dense:
         features: Pyramid maps that the head read, finest first.
         towers: Maps inside the head's towers, where it was asked to be cut; the pyramid maps themselves at cut 0.
         locations: Where the rows sit.
+        quality: Logit of how good the location's box is, whatever its class; none where the class logits tell it alone.
     """
 
     cls: Float[Tensor, "B A C"]
@@ -202,6 +203,21 @@ class Dense:
     features: tuple[Float[Tensor, "B _ _ _"], ...]
     towers: TowerMaps
     locations: Locations
+    quality: Float[Tensor, "B A"] | None = None
+
+    @property
+    def score(self) -> Float32[Tensor, "B A C"]:
+        """Return the score of each class in [0, 1]: `sigmoid(cls)`, times `sigmoid(quality)` where the head tells it.
+
+        Everything that ranks or weighs locations by score means this one.
+        """
+        score = self.cls.float().sigmoid()
+        return score if self.quality is None else score * self.quality.float().sigmoid()[..., None]
+
+    @property
+    def best_score(self) -> Float32[Tensor, "B A"]:
+        """Return the score of each location's best class."""
+        return replace(self, cls=self.cls.amax(dim=-1, keepdim=True)).score.squeeze(-1)
 
 
 @dataclass(frozen=True)

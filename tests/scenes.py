@@ -60,7 +60,8 @@ def images_of(batch: Targets | Dense, images: slice | list[int]) -> Targets | De
     """Return the given images of a batch."""
     if isinstance(batch, Dense):
         features = tuple(each[images] for each in batch.features)
-        return replace(batch, cls=batch.cls[images], edge=batch.edge[images], features=features)
+        quality = None if batch.quality is None else batch.quality[images]
+        return replace(batch, cls=batch.cls[images], edge=batch.edge[images], features=features, quality=quality)
     return Targets(batch.gt_xyxy[images], batch.gt_label[images], batch.is_object[images])
 
 

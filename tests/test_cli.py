@@ -680,7 +680,7 @@ def test_exports(ldctl: Callable[[str], Ran], teacher: Path, tmp_path: Path) -> 
 @pytest.fixture(scope="module")
 def foreign() -> dict[str, torch.Tensor]:
     """A GFL detector with ResNet-18 and 20 classes, as mmdet writes it."""
-    return mmdet.to_mmdet(Detector(ModelSpec(backbone=ResNetSpec(depth=18, init="none")), 20).state_dict())
+    return mmdet.to_mmdet(Detector(ModelSpec(backbone=ResNetSpec(depth=18, init="none")), 20).state_dict(), "gfl")
 
 
 def test_import(ldctl: Callable[[str], Ran], foreign: dict[str, torch.Tensor], tmp_path: Path) -> None:

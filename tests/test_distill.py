@@ -61,7 +61,7 @@ class Scene:
         self.targets, self.pair, self.num_classes = targets, Pair(student, teacher), num_classes
         self.assigned = assign(student.locations, targets, pad_hw, num_classes)
         self.regions = {
-            "main": main_region(student.cls, self.assigned, student.locations),
+            "main": main_region(student, self.assigned),
             "vlr": vlr_region(RegionSpec(), self.assigned, targets, student.locations),
             "all": all_region(self.assigned, student.locations),
         }

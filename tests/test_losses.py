@@ -11,7 +11,14 @@ from torch.testing import assert_close
 
 from ldctl.assign import assign
 from ldctl.boxes import box_giou, decode_ltrb, expected_distance
-from ldctl.losses import LossSpec, detection_losses, distribution_focal_loss, normalizer, quality_focal_loss
+from ldctl.losses import (
+    LossSpec,
+    detection_losses,
+    distribution_focal_loss,
+    joint_logit,
+    normalizer,
+    quality_focal_loss,
+)
 from ldctl.regions import main_region
 from ldctl.types import Assigned, Dense, Targets
 
@@ -34,7 +41,7 @@ def scene(seed: int = 0, num_images: int = 3) -> tuple[Dense, Targets, Assigned]
 def losses_of(
     dense: Dense, assigned: Assigned, kind: str = "synced", spec: LossSpec | None = None
 ) -> dict[str, Tensor]:
-    main = main_region(dense.cls, assigned, dense.locations)
+    main = main_region(dense, assigned)
     return detection_losses(spec or LossSpec(), dense, assigned, main, normalizer(kind, assigned, main))
 
 
@@ -56,6 +63,26 @@ def test_quality_focal_loss_closed_forms() -> None:
     assert_close(quality_focal_loss(logit, torch.ones_like(p), beta=1.0), -(1 - p) * p.log())
     extreme = quality_focal_loss(torch.tensor([-200.0, 200.0]), torch.tensor([0.0, 0.0]))
     assert extreme.tolist() == [0.0, 200.0]
+
+
+def test_joint_logit_is_the_logit_of_the_product() -> None:
+    cls, quality = (uniform(200, seed=seed) * 30 - 15 for seed in (8, 9))
+    product = cls.sigmoid() * quality.sigmoid()
+    assert_close(joint_logit(cls, quality), (product / (1 - product)).log(), rtol=1e-7, atol=1e-9)
+    assert_close(joint_logit(cls.float(), quality.float()).sigmoid(), product.float(), rtol=1e-5, atol=0)
+    # beyond what a probability in float32 can tell apart from 0 and 1
+    extreme = joint_logit(torch.tensor([-200.0, 200.0, 200.0, 0.0]), torch.tensor([-300.0, 90.0, 200.0, 400.0]))
+    assert_close(extreme, torch.tensor([-500.0, 90.0, 200.0 - math.log(2), 0.0]), rtol=1e-6, atol=1e-6)
+
+
+def test_quality_focal_loss_of_a_product() -> None:
+    cls, quality = uniform(50, 4, seed=10) * 8 - 4, uniform(50, 1, seed=11) * 8 - 4
+    target = uniform(50, 4, seed=12)
+    p = cls.sigmoid() * quality.sigmoid()
+    expected = (target - p).abs() ** 2 * -(target * p.log() + (1 - target) * (1 - p).log())
+    assert_close(quality_focal_loss(joint_logit(cls, quality), target), expected)
+    inputs = (cls[:3].requires_grad_(), quality[:3].requires_grad_())
+    assert torch.autograd.gradcheck(lambda x, y: quality_focal_loss(joint_logit(x, y), target[:3]), inputs)
 
 
 def test_distribution_focal_loss_golden_values() -> None:
@@ -168,13 +195,13 @@ def test_weights_and_leaving_dfl_out() -> None:
 def test_floors_of_the_weight_sum_differ_between_kinds() -> None:
     dense, _, assigned = scene()
     shy = replace(dense, cls=dense.cls.detach() - 12)  # hardly any score: the sum of weights is far below 1
-    main = main_region(shy.cls, assigned, shy.locations)
+    main = main_region(shy, assigned)
     assert 0 < main.weight.sum() < 0.1
     synced, reference = (normalizer(kind, assigned, main) for kind in ("synced", "reference"))
     assert synced.weight_sum.item() == 1.0
     assert reference.weight_sum.item() == pytest.approx(main.weight.sum().item() + 1e-6)
     assert synced.num_positive == reference.num_positive == assigned.is_positive.sum(dim=1).clamp(min=1).sum()
-    main = main_region(dense.cls + 4, assigned, dense.locations)  # above the floor both are the same
+    main = main_region(replace(dense, cls=dense.cls + 4), assigned)  # above the floor both are the same
     synced, reference = (normalizer(kind, assigned, main).weight_sum for kind in ("synced", "reference"))
     assert synced > 10
     assert_close(synced, reference, rtol=1e-6, atol=0)
@@ -184,7 +211,7 @@ def test_an_image_without_objects_counts_one_positive() -> None:
     locations = grid(64, 64)
     targets = targets_of([[], [(8.0, 8.0, 40.0, 40.0, 2)], []])
     assigned = assign(locations, targets, torch.full((3, 2), 64), CLASSES)
-    main = main_region(torch.zeros(3, len(locations.level), CLASSES), assigned, locations)
+    main = main_region(random_dense(locations, 3, CLASSES, 0), assigned)
     assert normalizer("synced", assigned, main).num_positive.item() == 9 + 2
 
 

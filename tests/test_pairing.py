@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from ldctl.assign import assign
 from ldctl.boxes import encode_ltrb
-from ldctl.models import Detector, GFLHeadSpec, ModelSpec, ResNetSpec
+from ldctl.models import Detector, HeadSpec, ModelSpec, ResNetSpec
 from ldctl.pairing import (
     SharedClasses,
     in_teachers_levels,
@@ -25,9 +25,7 @@ HERE = grid(64, 96)
 
 
 def tiny_detector() -> Detector:
-    spec = ModelSpec(
-        backbone=ResNetSpec(depth=18, width=0.125, init="none"), channels=32, head=GFLHeadSpec(num_convs=1)
-    )
+    spec = ModelSpec(backbone=ResNetSpec(depth=18, width=0.125, init="none"), channels=32, head=HeadSpec(num_convs=1))
     return Detector(spec, 2).eval()
 
 

@@ -168,7 +168,7 @@ def lesson_of(job: Job, batch: Batch) -> Lesson:
     images = job.detector.normalize(batch.images, batch.size_hw)
     pair = Pair(job.detector(images), job.teaching.teacher(images))
     assigned = assign_labelled(pair.student.locations, batch, 4)
-    main = main_region(pair.student.cls, assigned, pair.student.locations)
+    main = main_region(pair.student, assigned)
     lesson = Lesson(pair, batch.targets, assigned, main, normalizer("synced", assigned, main))
     return with_pseudo_objects(lesson, job.teaching, batch, batch.is_labelled, parts=1)
 

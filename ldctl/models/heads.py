@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ldctl.boxes import location_grid
@@ -16,19 +16,29 @@ from ldctl.types import Dense, TowerMaps
 NORM_GROUPS = 32  # Source: GFL and ATSS configurations
 CONV_STD = 0.01  # Source: RetinaNet (ICCV 2017, arXiv:1708.02002), 4.1
 PRIOR = 0.01  # class probability at the start. Source: as above
+NUM_TOP = 4  # bins of each edge that tell the quality of a box. Source: GFLv2 (CVPR 2021, arXiv:2011.12885), 3.2
+QUALITY_CHANNELS = 64  # Source: as above
 
 
-class GFLHeadSpec(Spec):
-    """The head of Generalized Focal Loss.
+class HeadSpec(Spec):
+    """A dense head with edge distributions.
 
     Attributes:
+        kind: `"gfl"`: the class logits tell the quality of the box too. `"gflv2"`: the shape of the edge distributions
+            tells the quality, and multiplies the scores.
         reg_max: Largest bin of an edge distribution, strides; longer edges cannot be told.
         num_convs: Layers of each tower.
     """
 
-    kind: Literal["gfl"] = "gfl"
+    kind: Literal["gfl", "gflv2"] = "gfl"
     reg_max: int = Field(default=16, ge=1, le=64)
     num_convs: int = Field(default=4, ge=1, le=8)
+
+    @model_validator(mode="after")
+    def _check_bins(self) -> "HeadSpec":
+        if self.kind == "gflv2" and self.reg_max + 1 < NUM_TOP:
+            raise ValueError(f'"gflv2" reads the {NUM_TOP} highest bins of each edge: reg_max {NUM_TOP - 1} or more')
+        return self
 
 
 class TowerLayer(nn.Module):
@@ -75,13 +85,38 @@ class Tower(nn.ModuleList):
         return feature
 
 
-class GFLHead(nn.Module):
+def quality_net() -> nn.Sequential:
+    """Return what makes the quality of a box out of its `distribution_shape`: the distribution-guided predictor.
+
+    Source: GFLv2 (CVPR 2021, arXiv:2011.12885), DGQP.
+    """
+    return nn.Sequential(
+        nn.Conv2d(4 * (NUM_TOP + 1), QUALITY_CHANNELS, kernel_size=1),
+        nn.ReLU(),
+        nn.Conv2d(QUALITY_CHANNELS, 1, kernel_size=1),
+    )
+
+
+def distribution_shape(edge: Float[Tensor, "B _ H W"], num_bins: int) -> Float[Tensor, "B _ H W"]:
+    """Return the highest probabilities of each edge's distribution, descending, and their mean, edge by edge.
+
+    A sharp distribution is a sure one, wherever it lies.
+
+    Args:
+        edge: Logits, edges in the order left, top, right, bottom.
+        num_bins: Of each edge.
+    """
+    top = edge.reshape(edge.shape[0], 4, num_bins, *edge.shape[2:]).softmax(dim=2).topk(NUM_TOP, dim=2).values
+    return torch.cat((top, top.mean(dim=2, keepdim=True)), dim=2).flatten(1, 2)
+
+
+class DenseHead(nn.Module):
     """Two towers shared by all levels, and a learned scale per level: an inverse temperature of the edges.
 
     Source: GFL (NeurIPS 2020, arXiv:2006.04388).
     """
 
-    def __init__(self, spec: GFLHeadSpec, channels: int, num_classes: int, strides: tuple[int, ...]) -> None:
+    def __init__(self, spec: HeadSpec, channels: int, num_classes: int, strides: tuple[int, ...]) -> None:
         super().__init__()
         self.strides = strides
         self.num_bins = spec.reg_max + 1
@@ -90,6 +125,7 @@ class GFLHead(nn.Module):
         self.cls = nn.Conv2d(channels, num_classes, kernel_size=3, padding=1)
         self.edge = nn.Conv2d(channels, 4 * self.num_bins, kernel_size=3, padding=1)
         self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in strides)
+        self.quality = quality_net() if spec.kind == "gflv2" else None
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=CONV_STD)
@@ -112,13 +148,15 @@ class GFLHead(nn.Module):
             cut: Where they come from; see `Tower`.
             features: What the result says that the head read.
         """
-        cls, edge = [], []
+        cls, edge, quality = [], [], []
         for inner_cls, inner_edge, scale in zip(towers.cls, towers.edge, self.scales, strict=True):
             cls_map = self.cls(self.cls_tower.after(inner_cls, cut))
             # distributions need float32, also under AMP
             edge_map = self.edge(self.edge_tower.after(inner_edge, cut)).float() * scale
             cls.append(cls_map.permute(0, 2, 3, 1).flatten(1, 2))
             edge.append(edge_map.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, (4, self.num_bins)))
+            if self.quality is not None:
+                quality.append(self.quality(distribution_shape(edge_map, self.num_bins)).flatten(1))
         sizes_hw = tuple((inner.shape[-2], inner.shape[-1]) for inner in towers.cls)
         return Dense(
             cls=torch.cat(cls, dim=1),
@@ -126,4 +164,5 @@ class GFLHead(nn.Module):
             features=features,
             towers=towers,
             locations=location_grid(sizes_hw, self.strides, towers.cls[0].device),
+            quality=torch.cat(quality, dim=1) if quality else None,
         )
