@@ -1,6 +1,7 @@
 """Weights of dense detectors from and to mmdet 2 and 3, which name and shape them alike.
 
-Read and written are GFL, and heads of its kind that forks of mmdet have: GFLv2.
+Read and written are GFL, and heads with edge distributions that forks of mmdet have: GFLv2
+and ATSS.
 
 The backbone must be of mmdet's "pytorch" style, as in every GFL and LD configuration. A "caffe" backbone (FCOS
 configurations) has the same names and shapes, yet another stride placement and other input statistics: nothing in a
@@ -26,10 +27,11 @@ NUM_MAPS = 3  # backbone maps that the pyramid reads
 OFFSETS = 18  # x and y of each input of a deformable 3x3 convolution; its second version has a mask, too: 27
 BUILDERS = {18: resnet.resnet18, 34: resnet.resnet34, 50: resnet.resnet50, 101: resnet.resnet101}
 # Which head it is: what users call it, and our names of its output layers.
-NAMES = {"gfl": "GFL", "gflv2": "GFLv2"}
+NAMES = {"gfl": "GFL", "gflv2": "GFLv2", "atss": "ATSS"}
 OUTPUTS = {
     "gfl": {"gfl_cls": "cls", "gfl_reg": "edge"},
     "gflv2": {"gfl_cls": "cls", "gfl_reg": "edge", "reg_conf.0": "quality.0", "reg_conf.2": "quality.2"},
+    "atss": {"atss_cls": "cls", "atss_reg": "edge", "atss_centerness": "quality"},
 }
 # Shapes of weights whose sizes are fixed. Source: GFLv2's configuration
 QUALITY_SHAPES = {"reg_conf.0": (64, 20, 1, 1), "reg_conf.2": (1, 64, 1, 1)}
@@ -229,7 +231,7 @@ def _expected(inferred: Inferred) -> dict[str, tuple[int, ...]]:
     for i in range(NUM_MAPS):
         shapes[f"neck.lateral_convs.{i}.conv.weight"] = (channels, last >> (NUM_MAPS - 1 - i), 1, 1)
     num_bins = inferred.reg_max + 1
-    outputs = {"cls": inferred.num_classes + (inferred.kind == "gflv2"), "edge": 4 * num_bins}
+    outputs = {"cls": inferred.num_classes + (inferred.kind == "gflv2"), "edge": 4 * num_bins, "quality": 1}
     for layer, ours in OUTPUTS[inferred.kind].items():
         shape = QUALITY_SHAPES.get(layer) or (outputs[ours], channels, 3, 3)
         shapes[f"bbox_head.{layer}.weight"] = shape
@@ -257,10 +259,21 @@ def _refuse_kin(state: Mapping[str, Tensor], path: Path) -> None:
 
 def _kind(state: Mapping[str, Tensor], path: Path) -> str:
     """Return which head it is, by the names of its output layers."""
-    kind = "gflv2" if any(name.startswith("bbox_head.reg_conf.") for name in state) else "gfl"
+    telling = {"gflv2": "reg_conf", "atss": "atss_centerness"}
+    found = (kind for kind, layer in telling.items() if any(name.startswith(f"bbox_head.{layer}.") for name in state))
+    kind = next(found, "gfl")
     wanted = [f"bbox_head.{layer}.weight" for layer in OUTPUTS[kind]][:2]
     if missing := [name for name in wanted if name not in state]:
-        raise CheckpointError(f"{path}: no {missing[0]}: not a {NAMES[kind]} detector of mmdet, import one")
+        *others, last = NAMES.values()
+        raise CheckpointError(
+            f"{path}: no {missing[0]}: not a detector of mmdet with a head of {', '.join(others)} or {last}: import one"
+        )
+    if state[wanted[1]].shape[0] == 4:
+        raise CheckpointError(
+            f"{path}: {wanted[1]} has 4 channels: the head predicts boxes without edge distributions, which "
+            "localization distillation is about: import one that has them, or train it: "
+            f"ldctl teacher train --set model.head.kind={kind}"
+        )
     return kind
 
 

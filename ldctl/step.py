@@ -12,7 +12,14 @@ from ldctl.assign import assign
 from ldctl.boxes import PAD_MULTIPLE, location_grid
 from ldctl.distill.crosskd import aligned_towers
 from ldctl.distributed import reduce_mean, world_size
-from ldctl.losses import LossSpec, detection_losses, normalizer, positive_count
+from ldctl.losses import (
+    LossSpec,
+    by_centerness,
+    centerness_losses,
+    detection_losses,
+    normalizer,
+    positive_count,
+)
 from ldctl.models.detector import Detector, PostprocessSpec
 from ldctl.models.pseudo import pseudo_objects
 from ldctl.pairing import (
@@ -132,10 +139,13 @@ def training_losses(
         dense = learner(images)
     assigned = assign_labelled(dense.locations, batch, detector.num_classes)
     main = main_region(dense, assigned)  # synchronises: number of positives
-    norm = normalizer(teaching.spec.normalize if teaching else "synced", assigned, main, parts=parts)
+    has_centerness = detector.spec.head.has_centerness
+    boxes = by_centerness(main, assigned, dense.locations) if has_centerness else main
+    norm = normalizer(teaching.spec.normalize if teaching else "synced", assigned, boxes, parts=parts)
     if num_positive is not None:
         norm = replace(norm, num_positive=num_positive)
-    named = detection_losses(losses, dense, assigned, main, norm)
+    own_losses = centerness_losses if has_centerness else detection_losses
+    named = own_losses(losses, dense, assigned, boxes, norm)
     if teaching is None:
         return named
 

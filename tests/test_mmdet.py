@@ -166,6 +166,45 @@ def test_gflv2_that_does_not_fit(shared: Path) -> None:
     )
 
 
+def centerness_shapes(shared: Path, kind: str, num_bins: int = 17) -> dict[str, list[int]]:
+    """Return the layout of the released LD code's heads with centerness: GFL's but for the names of the outputs."""
+    cls, edge, centerness = LAYERS[kind]
+    renamed = {"bbox_head.gfl_cls": f"bbox_head.{cls}", "bbox_head.gfl_reg": f"bbox_head.{edge}"}
+    layout = {}
+    for name, shape in shapes(shared, 18).items():
+        module, _, part = name.rpartition(".")
+        layout[f"{renamed.get(module, module)}.{part}"] = shape
+    layout[f"bbox_head.{edge}.weight"], layout[f"bbox_head.{edge}.bias"] = [4 * num_bins, 256, 3, 3], [4 * num_bins]
+    layout["bbox_head.integral.project"] = [num_bins]
+    return layout | {f"bbox_head.{centerness}.weight": [1, 256, 3, 3], f"bbox_head.{centerness}.bias": [1]}
+
+
+LAYERS = {"atss": ("atss_cls", "atss_reg", "atss_centerness")}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_heads_with_centerness_there_and_back(shared: Path, kind: str) -> None:
+    state = oracle.weights(centerness_shapes(shared, kind), 18, "round")
+    assert infer_mmdet(state, HERE) == Inferred(kind, 18, 80, 16, 256, 4, has_dcn=False)
+    head = HeadSpec.model_validate({"kind": kind})
+    detector = Detector(ModelSpec(backbone=ResNetSpec(depth=18, init="none"), head=head), 80)
+    detector.load_state_dict(from_mmdet(state, HERE))
+    assert torch.equal(detector.head.quality.weight, state[f"bbox_head.{LAYERS[kind][2]}.weight"])
+    back = to_mmdet(detector.state_dict(), kind)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_boxes_without_distributions_are_refused(shared: Path, kind: str) -> None:
+    state = oracle.weights(centerness_shapes(shared, kind, num_bins=1), 18)
+    assert fault(state) == (
+        f"gfl.pth: bbox_head.{LAYERS[kind][1]}.weight has 4 channels: the head predicts boxes without edge "
+        "distributions, which localization distillation is about: import one that has them, or train it: "
+        f"ldctl teacher train --set model.head.kind={kind}"
+    )
+
+
 def test_bins_may_be_left_out_and_halves_become_floats(state: dict[str, Tensor]) -> None:
     changed = {name: value for name, value in state.items() if name != "bbox_head.integral.project"}
     changed["backbone.conv1.weight"] = state["backbone.conv1.weight"].half()
@@ -222,7 +261,7 @@ def test_wrapped_detectors(state: dict[str, Tensor], prefix: str) -> None:
 
 def test_other_detectors(shared: Path, state: dict[str, Tensor]) -> None:
     assert fault({"backbone.conv1.weight": torch.zeros(1), "rpn_head.rpn_conv.weight": torch.zeros(1)}) == (
-        "gfl.pth: no bbox_head.gfl_cls.weight: not a GFL detector of mmdet, import one"
+        "gfl.pth: no bbox_head.gfl_cls.weight: not a detector of mmdet with a head of GFL, GFLv2 or ATSS: import one"
     )
     second = {name: torch.zeros(shape) for name, shape in shapes(shared, 50, "gfl_dcnv2").items()}
     second["bbox_head.integral.project"] = torch.arange(17.0)

@@ -25,14 +25,20 @@ class HeadSpec(Spec):
 
     Attributes:
         kind: `"gfl"`: the class logits tell the quality of the box too. `"gflv2"`: the shape of the edge distributions
-            tells the quality, and multiplies the scores.
+            tells the quality, and multiplies the scores. `"atss"`: a branch beside the edges tells how central the
+            location is in its box, and multiplies the scores; the original has no edge distributions.
         reg_max: Largest bin of an edge distribution, strides; longer edges cannot be told.
         num_convs: Layers of each tower.
     """
 
-    kind: Literal["gfl", "gflv2"] = "gfl"
+    kind: Literal["gfl", "gflv2", "atss"] = "gfl"
     reg_max: int = Field(default=16, ge=1, le=64)
     num_convs: int = Field(default=4, ge=1, le=8)
+
+    @property
+    def has_centerness(self) -> bool:
+        """Return whether the quality of a location is how central it is in its object."""
+        return self.kind == "atss"
 
     @model_validator(mode="after")
     def _check_bins(self) -> "HeadSpec":
@@ -85,11 +91,16 @@ class Tower(nn.ModuleList):
         return feature
 
 
-def quality_net() -> nn.Sequential:
-    """Return what makes the quality of a box out of its `distribution_shape`: the distribution-guided predictor.
+def quality_branch(spec: HeadSpec, channels: int) -> nn.Module | None:
+    """Return what makes the quality of a location out of its `distribution_shape`, or of the tower of the edges.
 
-    Source: GFLv2 (CVPR 2021, arXiv:2011.12885), DGQP.
+    Source: GFLv2 (CVPR 2021, arXiv:2011.12885), DGQP; FCOS (ICCV 2019, arXiv:1904.01355), centerness, which its later
+    code and ATSS's read from the tower of the edges.
     """
+    if spec.has_centerness:
+        return nn.Conv2d(channels, 1, kernel_size=3, padding=1)
+    if spec.kind == "gfl":
+        return None
     return nn.Sequential(
         nn.Conv2d(4 * (NUM_TOP + 1), QUALITY_CHANNELS, kernel_size=1),
         nn.ReLU(),
@@ -113,7 +124,7 @@ def distribution_shape(edge: Float[Tensor, "B _ H W"], num_bins: int) -> Float[T
 class DenseHead(nn.Module):
     """Two towers shared by all levels, and a learned scale per level: an inverse temperature of the edges.
 
-    Source: GFL (NeurIPS 2020, arXiv:2006.04388).
+    Source: GFL (NeurIPS 2020, arXiv:2006.04388); the others differ from it in the quality alone.
     """
 
     def __init__(self, spec: HeadSpec, channels: int, num_classes: int, strides: tuple[int, ...]) -> None:
@@ -125,7 +136,8 @@ class DenseHead(nn.Module):
         self.cls = nn.Conv2d(channels, num_classes, kernel_size=3, padding=1)
         self.edge = nn.Conv2d(channels, 4 * self.num_bins, kernel_size=3, padding=1)
         self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in strides)
-        self.quality = quality_net() if spec.kind == "gflv2" else None
+        self.has_centerness = spec.has_centerness
+        self.quality = quality_branch(spec, channels)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=CONV_STD)
@@ -151,12 +163,14 @@ class DenseHead(nn.Module):
         cls, edge, quality = [], [], []
         for inner_cls, inner_edge, scale in zip(towers.cls, towers.edge, self.scales, strict=True):
             cls_map = self.cls(self.cls_tower.after(inner_cls, cut))
+            edge_feature = self.edge_tower.after(inner_edge, cut)
             # distributions need float32, also under AMP
-            edge_map = self.edge(self.edge_tower.after(inner_edge, cut)).float() * scale
+            edge_map = self.edge(edge_feature).float() * scale
             cls.append(cls_map.permute(0, 2, 3, 1).flatten(1, 2))
             edge.append(edge_map.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, (4, self.num_bins)))
             if self.quality is not None:
-                quality.append(self.quality(distribution_shape(edge_map, self.num_bins)).flatten(1))
+                read = edge_feature if self.has_centerness else distribution_shape(edge_map, self.num_bins)
+                quality.append(self.quality(read).flatten(1))
         sizes_hw = tuple((inner.shape[-2], inner.shape[-1]) for inner in towers.cls)
         return Dense(
             cls=torch.cat(cls, dim=1),
