@@ -26,10 +26,10 @@ class LossSpec(Spec):
 
     Attributes:
         qfl: Classes, of GFL and GFLv2.
-        focal: Classes, of ATSS.
-        giou: Boxes.
+        focal: Classes, of ATSS and FCOS.
+        giou: Boxes; FCOS itself has 1.
         dfl: Edge distributions, of GFL and GFLv2; 0 leaves it out.
-        centerness: Of ATSS.
+        centerness: Of ATSS and FCOS.
 
     Source: the configurations of GFL and ATSS.
     """
@@ -190,7 +190,7 @@ def detection_losses(
 def centerness_losses(
     spec: LossSpec, dense: Dense, assigned: Assigned, central: Where, norm: Normalizer
 ) -> dict[str, Float[Tensor, ""]]:
-    """Return `focal`, `giou` and `centerness`, weighted and normalised; their sum trains a plain ATSS detector.
+    """Return `focal`, `giou` and `centerness`, weighted and normalised; their sum trains a plain ATSS or FCOS detector.
 
     Args:
         spec: Weights.
@@ -205,7 +205,8 @@ def centerness_losses(
 
     Normalized by: `giou` by the sum of the positives' centerness, the others by the number of positives.
 
-    Source: ATSS (CVPR 2020, arXiv:1912.02424), released code.
+    Source: ATSS (CVPR 2020, arXiv:1912.02424), released code. Differs from FCOS's: an image without positives counts
+    as one positive.
     """
     assert dense.quality is not None, "the head tells centerness"
     logit = dense.cls.float()

@@ -1,7 +1,7 @@
 """Weights of dense detectors from and to mmdet 2 and 3, which name and shape them alike.
 
-Read and written are GFL, and heads with edge distributions that forks of mmdet have: GFLv2
-and ATSS.
+Read and written are GFL, and heads with edge distributions that forks of mmdet have: GFLv2,
+ATSS and FCOS.
 
 The backbone must be of mmdet's "pytorch" style, as in every GFL and LD configuration. A "caffe" backbone (FCOS
 configurations) has the same names and shapes, yet another stride placement and other input statistics: nothing in a
@@ -27,11 +27,12 @@ NUM_MAPS = 3  # backbone maps that the pyramid reads
 OFFSETS = 18  # x and y of each input of a deformable 3x3 convolution; its second version has a mask, too: 27
 BUILDERS = {18: resnet.resnet18, 34: resnet.resnet34, 50: resnet.resnet50, 101: resnet.resnet101}
 # Which head it is: what users call it, and our names of its output layers.
-NAMES = {"gfl": "GFL", "gflv2": "GFLv2", "atss": "ATSS"}
+NAMES = {"gfl": "GFL", "gflv2": "GFLv2", "atss": "ATSS", "fcos": "FCOS"}
 OUTPUTS = {
     "gfl": {"gfl_cls": "cls", "gfl_reg": "edge"},
     "gflv2": {"gfl_cls": "cls", "gfl_reg": "edge", "reg_conf.0": "quality.0", "reg_conf.2": "quality.2"},
     "atss": {"atss_cls": "cls", "atss_reg": "edge", "atss_centerness": "quality"},
+    "fcos": {"conv_cls": "cls", "conv_reg": "edge", "conv_centerness": "quality"},
 }
 # Shapes of weights whose sizes are fixed. Source: GFLv2's configuration
 QUALITY_SHAPES = {"reg_conf.0": (64, 20, 1, 1), "reg_conf.2": (1, 64, 1, 1)}
@@ -259,7 +260,7 @@ def _refuse_kin(state: Mapping[str, Tensor], path: Path) -> None:
 
 def _kind(state: Mapping[str, Tensor], path: Path) -> str:
     """Return which head it is, by the names of its output layers."""
-    telling = {"gflv2": "reg_conf", "atss": "atss_centerness"}
+    telling = {"gflv2": "reg_conf", "atss": "atss_centerness", "fcos": "conv_centerness"}
     found = (kind for kind, layer in telling.items() if any(name.startswith(f"bbox_head.{layer}.") for name in state))
     kind = next(found, "gfl")
     wanted = [f"bbox_head.{layer}.weight" for layer in OUTPUTS[kind]][:2]

@@ -185,9 +185,12 @@ def general_instances(pair: Pair, assigned: Assigned) -> Bool[Tensor, "B A"]:
     is_student_surer = (student > teacher).gather(-1, label[..., None])
     best = gap.where(assigned.is_valid, -1.0).topk(min(GI_CANDIDATES, gap.shape[1]))
     row = best.indices[..., None, None].expand(-1, -1, *pair.student.edge.shape[2:])
-    ltrb = [expected_distance(dense.edge.gather(1, row)) for dense in (pair.student, pair.teacher)]
-    ltrb_surer = ltrb[0].where(is_student_surer.gather(1, best.indices[..., None]), ltrb[1])
-    xyxy = decode_ltrb(locations.xy[best.indices], ltrb_surer, locations.stride[best.indices])
+    stride = locations.stride[best.indices]
+    boxes = [
+        decode_ltrb(dense.locations.xy[best.indices], expected_distance(dense.edge.gather(1, row)), stride)
+        for dense in (pair.student, pair.teacher)
+    ]
+    xyxy = boxes[0].where(is_student_surer.gather(1, best.indices[..., None]), boxes[1])
     num_images = len(gap)
     image = torch.arange(num_images, device=gap.device).repeat_interleave(best.indices.shape[1])
     # images are told apart by shifts that only keep boxes above zero apart; decoded boxes may lie below

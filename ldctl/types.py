@@ -153,11 +153,12 @@ class Locations:
     """Where the predictions of an image sit, all levels concatenated.
 
     Attributes:
-        xy: Location in pixels of the network input: column and row times the stride, no half-pixel offset.
+        xy: Location in pixels of the network input: column and row, plus the offset, times the stride.
         stride: Pixels between neighbours of the location's level.
         level: 0 for the finest.
         level_hw: Rows and columns of each level; their products sum to `A`.
         level_stride: Stride of each level in pixels.
+        offset: Of locations from the corner of their cells, in strides: 0, or 0.5 for their centres.
     """
 
     xy: Float[Tensor, "A 2"]
@@ -165,6 +166,7 @@ class Locations:
     level: Int[Tensor, " A"]
     level_hw: tuple[tuple[int, int], ...]
     level_stride: tuple[int, ...]
+    offset: float = 0.0
 
     @property
     def level_sizes(self) -> tuple[int, ...]:

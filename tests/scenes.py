@@ -15,10 +15,10 @@ STRIDES = (8, 16, 32, 64, 128)
 NO_MAPS = TowerMaps((), ())
 
 
-def grid(height: int, width: int) -> Locations:
+def grid(height: int, width: int, offset: float = 0.0) -> Locations:
     """Return the locations of an input of this size, as the feature pyramid lays them out."""
     sizes = tuple((-(-height // stride), -(-width // stride)) for stride in STRIDES)
-    return location_grid(sizes, STRIDES, torch.device("cpu"))
+    return location_grid(sizes, STRIDES, torch.device("cpu"), offset)
 
 
 def targets_of(images: list[list[tuple[float, float, float, float, int]]]) -> Targets:

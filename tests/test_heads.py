@@ -10,12 +10,12 @@ from scenes import grid, random_dense, random_targets
 from torch import Tensor
 from torch.testing import assert_close
 
-from ldctl.distill import LD
+from ldctl.distill import LD, BCKDBox, BinaryKD, CrossKDBox, CrossKDClass
 from ldctl.losses import LossSpec
 from ldctl.models import Detector, HeadSpec, ModelSpec, ResNetSpec
 from ldctl.models.heads import distribution_shape
 from ldctl.spec import DistillationSpec
-from ldctl.step import Learner, Teaching, training_losses
+from ldctl.step import Learner, Teaching, count_positive, training_losses
 from ldctl.types import Batch, Dense
 
 KINDS = get_args(HeadSpec.model_fields["kind"].annotation)
@@ -90,18 +90,40 @@ def test_every_parameter_of_a_head_learns_and_losses_fall(kind: str) -> None:
     assert sum(traced[-1].values()) < 0.9 * sum(traced[0].values())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_positives_are_counted_without_predictions(kind: str) -> None:
+    """As many as the losses are divided by: a step of several micro-batches counts before it predicts."""
+    model = detector(kind)
+    losses, counted = (
+        training_losses(Learner(model, None), model, None, batch(), LossSpec(), num_positive=number)
+        for number in (None, count_positive(model, batch()))
+    )
+    assert losses == counted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quality_is_told_under_autocast(kind: str) -> None:
+    model = detector(kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        dense = model(torch.randn(1, 3, SIZE, SIZE))
+    assert dense.edge.dtype == dense.score.dtype == dense.best_score.dtype == torch.float32
+    assert (dense.quality is None) == (kind == "gfl")
+    assert dense.score.isfinite().all()
+
+
 @pytest.mark.parametrize("student", KINDS)
 @pytest.mark.parametrize("teacher", KINDS)
 def test_one_kind_teaches_another(teacher: str, student: str) -> None:
     model = detector(student).train()
-    teaching = Teaching(detector(teacher, 1).eval().requires_grad_(False), DistillationSpec(), "0")
-    losses = losses_of(model, teaching)
-    names = ("ld/main", "ld/vlr", "binary_kd/all")
-    assert set(names) < set(losses)
-    for name in names:
-        losses[name].backward(retain_graph=True)
-        assert losses[name] > 0
-    assert model.head.edge.weight.grad.any()
+    spec = DistillationSpec()
+    if (teacher == "fcos") != (student == "fcos"):
+        spec = DistillationSpec(terms=(BCKDBox(), BinaryKD(), CrossKDBox(), CrossKDClass()), cut=1)
+    losses = losses_of(model, Teaching(detector(teacher, 1).eval().requires_grad_(False), spec, "0"))
+    for term in spec.terms:
+        assert losses[term.name] > 0
+        losses[term.name].backward(retain_graph=True)
+    assert model.head.edge_tower[0].conv.weight.grad.any()
+    assert model.head.cls_tower[0].conv.weight.grad.any()
 
 
 def test_ld_is_weighted_by_the_joint_score() -> None:
@@ -138,6 +160,25 @@ def test_a_sharper_distribution_has_a_higher_quality_once_the_net_says_so() -> N
     for scale in head.scales:
         scale.div_(50)
     assert_close(head(features).quality, before.quality)
+
+
+def test_fcos_stands_in_the_middle_of_its_cells() -> None:
+    features = tuple(torch.zeros(1, 32, side, side) for side in (4, 2, 1, 1, 1))
+    xy, fcos = (detector(kind).head(features).locations.xy for kind in ("atss", "fcos"))
+    assert fcos[:6].tolist() == [[4, 4], [12, 4], [20, 4], [28, 4], [4, 12], [12, 12]]
+    assert fcos[-1].tolist() == [64, 64]
+    assert torch.equal(fcos - xy, detector("fcos").head(features).locations.stride[:, None].expand(-1, 2) / 2)
+
+
+def test_fcos_pyramid_has_an_activation_before_its_last_map() -> None:
+    plain, fcos = detector("gfl").fpn, detector("fcos").fpn
+    fcos.load_state_dict(plain.state_dict())
+    maps = tuple(torch.randn(1, channels, side, side) for channels, side in ((16, 8), (32, 4), (64, 2)))
+    found, expected = fcos(maps), plain(maps)
+    assert all(torch.equal(one, other) for one, other in zip(found[:4], expected[:4], strict=True))
+    assert expected[3].min() < 0
+    assert torch.equal(found[4], plain.output[4](expected[3].relu()))
+    assert (found[4] - expected[4]).abs().max() > 1e-3
 
 
 def test_gflv2_needs_four_bins() -> None:

@@ -179,7 +179,10 @@ def centerness_shapes(shared: Path, kind: str, num_bins: int = 17) -> dict[str, 
     return layout | {f"bbox_head.{centerness}.weight": [1, 256, 3, 3], f"bbox_head.{centerness}.bias": [1]}
 
 
-LAYERS = {"atss": ("atss_cls", "atss_reg", "atss_centerness")}
+LAYERS = {
+    "atss": ("atss_cls", "atss_reg", "atss_centerness"),
+    "fcos": ("conv_cls", "conv_reg", "conv_centerness"),
+}
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -261,7 +264,8 @@ def test_wrapped_detectors(state: dict[str, Tensor], prefix: str) -> None:
 
 def test_other_detectors(shared: Path, state: dict[str, Tensor]) -> None:
     assert fault({"backbone.conv1.weight": torch.zeros(1), "rpn_head.rpn_conv.weight": torch.zeros(1)}) == (
-        "gfl.pth: no bbox_head.gfl_cls.weight: not a detector of mmdet with a head of GFL, GFLv2 or ATSS: import one"
+        "gfl.pth: no bbox_head.gfl_cls.weight: not a detector of mmdet with a head of GFL, GFLv2, ATSS or FCOS: "
+        "import one"
     )
     second = {name: torch.zeros(shape) for name, shape in shapes(shared, 50, "gfl_dcnv2").items()}
     second["bbox_head.integral.project"] = torch.arange(17.0)

@@ -72,7 +72,7 @@ class Detector(nn.Module):
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
         self.backbone = ResNet(spec.backbone)
-        self.fpn = FPN(self.backbone.out_channels, spec.channels)
+        self.fpn = FPN(self.backbone.out_channels, spec.channels, has_relu=spec.head.kind == "fcos")
         self.head = DenseHead(spec.head, spec.channels, num_classes, STRIDES)
 
     def normalize(self, images: UInt8[Tensor, "B 3 H W"], size_hw: Int[Tensor, "B 2"]) -> Float[Tensor, "B 3 H W"]:

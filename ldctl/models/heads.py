@@ -25,20 +25,27 @@ class HeadSpec(Spec):
 
     Attributes:
         kind: `"gfl"`: the class logits tell the quality of the box too. `"gflv2"`: the shape of the edge distributions
-            tells the quality, and multiplies the scores. `"atss"`: a branch beside the edges tells how central the
-            location is in its box, and multiplies the scores; the original has no edge distributions.
+            tells the quality, which multiplies the scores. `"atss"`: so does a branch that tells how central the
+            location is in its object. `"fcos"`: likewise, with locations at the centres of their cells, another rule
+            which of them answer for an object, and one activation more in the pyramid. The originals of these two have
+            no edge distributions.
         reg_max: Largest bin of an edge distribution, strides; longer edges cannot be told.
         num_convs: Layers of each tower.
     """
 
-    kind: Literal["gfl", "gflv2", "atss"] = "gfl"
+    kind: Literal["gfl", "gflv2", "atss", "fcos"] = "gfl"
     reg_max: int = Field(default=16, ge=1, le=64)
     num_convs: int = Field(default=4, ge=1, le=8)
 
     @property
     def has_centerness(self) -> bool:
         """Return whether the quality of a location is how central it is in its object."""
-        return self.kind == "atss"
+        return self.kind in ("atss", "fcos")
+
+    @property
+    def location_offset(self) -> float:
+        """Return how far locations lie from the corners of their cells, in strides."""
+        return 0.5 if self.kind == "fcos" else 0.0
 
     @model_validator(mode="after")
     def _check_bins(self) -> "HeadSpec":
@@ -124,12 +131,13 @@ def distribution_shape(edge: Float[Tensor, "B _ H W"], num_bins: int) -> Float[T
 class DenseHead(nn.Module):
     """Two towers shared by all levels, and a learned scale per level: an inverse temperature of the edges.
 
-    Source: GFL (NeurIPS 2020, arXiv:2006.04388); the others differ from it in the quality alone.
+    Source: GFL (NeurIPS 2020, arXiv:2006.04388); the other kinds differ in the quality and the locations alone.
     """
 
     def __init__(self, spec: HeadSpec, channels: int, num_classes: int, strides: tuple[int, ...]) -> None:
         super().__init__()
         self.strides = strides
+        self.location_offset = spec.location_offset
         self.num_bins = spec.reg_max + 1
         self.cls_tower = Tower(channels, spec.num_convs)
         self.edge_tower = Tower(channels, spec.num_convs)
@@ -177,6 +185,6 @@ class DenseHead(nn.Module):
             edge=torch.cat(edge, dim=1),
             features=features,
             towers=towers,
-            locations=location_grid(sizes_hw, self.strides, towers.cls[0].device),
+            locations=location_grid(sizes_hw, self.strides, towers.cls[0].device, self.location_offset),
             quality=torch.cat(quality, dim=1) if quality else None,
         )
