@@ -75,9 +75,10 @@ def region(name: Region, spec: RegionSpec, pair: Pair, assigned: Assigned, targe
 
 @torch.no_grad()
 def main_region(student: Dense, assigned: Assigned) -> Where:
-    """Select the positives, weighted by the student's best class score (over all classes, not only the object's).
+    """Select the positives, weighted by the student's best score (over all classes, not only the object's).
 
-    Source: GFL's released code weights its box losses so; LD's released code its main-region LD too.
+    Source: GFL's released code weights its box losses so; LD's released code its main-region LD too. Differs from the
+    latter: the score of heads that tell centerness is the product with it, as everywhere else.
     """
     return select(assigned.is_positive, student.best_score, student.locations)
 

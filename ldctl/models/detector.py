@@ -40,7 +40,7 @@ class PostprocessSpec(Spec):
     """From predictions to final boxes.
 
     Attributes:
-        score_threshold: A class of a location counts above this score only.
+        score_threshold: A class of a location counts above this score only; see `Dense.score`.
         nms: `"class"` suppresses by IoU. `"voting_cluster_diou"` suppresses by IoU less a penalty for distant centres,
             and lets a box be moved by close ones of lower scores (see `nms.py`); not for export.
         nms_iou: Of two boxes of one class that overlap more than this, the better stays.
@@ -149,7 +149,8 @@ def detect_image(
         scale_hw: Pixels of the network input per pixel of the stored image.
         spec: Thresholds.
 
-    Source: mmdet 3, which ranks pairs of location and class (not locations), and drops boxes without extent.
+    Source: mmdet 3, which ranks pairs of location and class (not locations), and drops boxes without extent. Differs
+    from it: the score of heads that tell centerness is multiplied with it before candidates are chosen, not after.
     """
     row, score, label = _candidates(score, locations.level_sizes, spec)
     ltrb = expected_distance(edge[row])
