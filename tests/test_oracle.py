@@ -274,8 +274,8 @@ def test_gflv2_losses(path: Path, quality: float, deviations: Deviations) -> Non
     case.locations = location_grid(tuple((x.shape[2], x.shape[3]) for x in edge), STRIDES, edge[0].device)
     share = torch.tensor(quality, dtype=torch.float64).sigmoid()
     cls = [(x / share).logit().float() for x in product]
-    case.student = replace(case.dense(cls, edge), quality=torch.full((2, len(case.locations.level)), quality))
-    assert_close(case.student.score, case.dense(product, edge).cls, rtol=1e-5, atol=1e-7)
+    case.student = replace(case.dense(cls, edge, []), quality=torch.full((2, len(case.locations.level)), quality))
+    assert_close(case.student.score, case.dense(product, edge, []).cls, rtol=1e-5, atol=1e-7)
     case.assigned = assign(case.locations, case.targets, case["in/pad_shapes"], cls[0].shape[1])
     found = case.detection(normalizer("synced", case.assigned, case.main))
     for name, key in (("qfl", "loss_cls"), ("giou", "loss_bbox"), ("dfl", "loss_dfl")):
