@@ -300,6 +300,7 @@ def run_fcos(batch: list) -> tuple[Locations, Targets, torch.Tensor, Assigned]:
 @example([((32, 32), [(0.0, 0.0, 32.0, 32.0, 1)])])
 @example([((224, 32), [(2.0, 4.0, 30.0, 220.0, 1)]), ((32, 224), [])])
 @example([((64, 64), [(20.0, 20.0, 36.0, 36.0, 0), (20.0, 20.0, 36.0, 36.0, 3)])])  # identical objects
+@example([((64, 64), [(11.75, 11.75, 35.75, 35.75, 1)])])  # 11.75 pixels from the centre: just less than 1.5 strides
 @example([((224, 224), [(0.0, 0.0, 128.0, 128.0, 1), (8.0, 8.0, 136.0, 136.0, 2)])])  # reaches of exactly 64 and 128
 def test_fcos_equals_brute_force(batch: list) -> None:
     # to the fourth of a pixel everything is exact: a location may lie on the very rim of what answers
