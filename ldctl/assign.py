@@ -1,12 +1,13 @@
-"""ATSS: which location answers for which object, and each object's IoU threshold."""
+"""Which location answers for which object, by ATSS or FCOS, and each object's IoU threshold."""
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from ldctl.boxes import box_iou, prior_boxes
+from ldctl.boxes import box_area, box_iou, encode_ltrb, prior_boxes
 from ldctl.types import Assigned, Locations, Targets
 
 NUM_CANDIDATES = 9  # per object and level. Source: ATSS, table 8
@@ -14,6 +15,29 @@ MIN_CENTER_MARGIN = 0.01  # pixels that a location must lie inside its object. S
 # The 9 grid points nearest to any point stand in its 9 nearest columns and 9 nearest rows: a point in the p-th nearest
 # column and q-th nearest row has at least p * q - 1 points no farther than itself. Two more cover ties at the rim.
 WINDOW = NUM_CANDIDATES + 2
+CENTER_RADIUS = 1.5  # strides around an object's centre that answer for it. Source: FCOS's released code
+CENTER_WINDOW = 3  # columns and rows of which fewer than 1.5 strides lie on either side
+# Strides from a location to the farthest edge of its object, at least and at most; the finest level also answers for
+# less, the coarsest for more. Source: FCOS (ICCV 2019, arXiv:1904.01355), 3.2: 64 to 128 pixels on stride 16
+MIN_REACH, MAX_REACH = 4.0, 8.0
+INFINITY_BITS = 0x7F800000  # of float32; see `ordered_bits`
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The locations that ATSS considers for each object.
+
+    Attributes:
+        index: Locations.
+        is_candidate: Whether each is one: a level with fewer than 9 valid locations leaves some out.
+        iou: Of the location's prior box and the object.
+        threshold: Each object's positive IoU threshold: mean plus standard deviation of its candidates'.
+    """
+
+    index: Int64[Tensor, "B G K"]
+    is_candidate: Bool[Tensor, "B G K"]
+    iou: Float[Tensor, "B G K"]
+    threshold: Float[Tensor, "B G"]
 
 
 @torch.no_grad()
@@ -39,28 +63,94 @@ def assign(locations: Locations, targets: Targets, pad_hw: Int[Tensor, "B 2"], n
     Differs from the paper: equal distances go to the higher location index. Any fixed rule serves; this one reproduces
     the reference's assignment.
     """
-    is_valid = (locations.xy[None, :, 0] < pad_hw[:, None, 1]) & (locations.xy[None, :, 1] < pad_hw[:, None, 0])
-    candidate, is_candidate = nearest_locations(locations, targets.gt_xyxy, pad_hw)
-    is_candidate = is_candidate & targets.is_object[..., None]
-    iou = box_iou(prior_boxes(locations)[candidate], targets.gt_xyxy[:, :, None])
-    threshold = positive_threshold(iou, is_candidate)
-    margin = torch.cat(
-        (
-            locations.xy[candidate] - targets.gt_xyxy[:, :, None, :2],
-            targets.gt_xyxy[:, :, None, 2:] - locations.xy[candidate],
-        ),
-        dim=-1,
-    ).amin(dim=-1)
-    is_claim = is_candidate & (iou >= threshold[..., None]) & (margin > MIN_CENTER_MARGIN)
-    owner, is_positive = resolve_claims(candidate, is_claim, iou, len(locations.level))
+    found = candidates(locations, targets, pad_hw)
+    xy = locations.xy[found.index]
+    gt_xyxy = targets.gt_xyxy[:, :, None]
+    margin = torch.cat((xy - gt_xyxy[..., :2], gt_xyxy[..., 2:] - xy), dim=-1).amin(dim=-1)
+    is_claim = found.is_candidate & (found.iou >= found.threshold[..., None]) & (margin > MIN_CENTER_MARGIN)
+    owner = resolve_claims(found.index, is_claim, ordered_bits(found.iou), len(locations.level))
+    return assigned_to(owner, found.threshold, locations, targets, pad_hw, num_classes)
+
+
+@torch.no_grad()
+def assign_fcos(locations: Locations, targets: Targets, pad_hw: Int[Tensor, "B 2"], num_classes: int) -> Assigned:
+    """Assign objects to locations as FCOS does, with centre sampling.
+
+    A location answers for an object when it lies inside it, less than 1.5 strides from its centre in each direction,
+    and the object's farthest edge is in the level's range; of several objects for the smallest, then the one of lowest
+    index. The thresholds are those of ATSS.
+
+    Args:
+        locations: The grid of the padded batch.
+        targets: Objects without crowds; crowds are background, as in the reference.
+        pad_hw: Height and width of each image padded to a multiple of 32 on its own; locations of cells beyond are
+            invalid.
+        num_classes: The label that means background.
+
+    Returns:
+        Assignments; all background where an image has no objects.
+
+    Source: FCOS (ICCV 2019, arXiv:1904.01355), 3.2, and its released code for the centre sampling.
+
+    Differs from the paper: locations beyond the image's own padding take part in nothing, where the released code makes
+    them background. Differs from LD's released code: the VLR is drawn by prior boxes and thresholds as for other heads,
+    not as all of an object's inside that is not positive.
+    """
+    index, is_inside = grid_window(locations, targets.gt_xyxy, pad_hw, CENTER_WINDOW)
+    xy, stride = locations.xy[index], locations.stride[index]
+    gt_xyxy = targets.gt_xyxy[:, :, None, None]
+    center = (gt_xyxy[..., :2] + gt_xyxy[..., 2:]) / 2
+    radius = CENTER_RADIUS * stride[..., None]
+    top_left = torch.maximum(center - radius, gt_xyxy[..., :2])
+    bottom_right = torch.minimum(center + radius, gt_xyxy[..., 2:])
+    margin = encode_ltrb(xy, torch.cat((top_left, bottom_right), dim=-1), stride).amin(dim=-1)
+    reach = encode_ltrb(xy, gt_xyxy, stride).amax(dim=-1)
+    level, coarsest = locations.level[index], len(locations.level_hw) - 1
+    is_in_range = ((reach >= MIN_REACH) | (level == 0)) & ((reach <= MAX_REACH) | (level == coarsest))
+    is_claim = is_inside & targets.is_object[:, :, None, None] & (margin > 0) & is_in_range
+    smallness = (INFINITY_BITS - ordered_bits(box_area(gt_xyxy))).expand_as(index)
+    owner = resolve_claims(index.flatten(2), is_claim.flatten(2), smallness.flatten(2), len(locations.level))
+    threshold = candidates(locations, targets, pad_hw).threshold
+    return assigned_to(owner, threshold, locations, targets, pad_hw, num_classes)
+
+
+def assigned_to(
+    owner: Int64[Tensor, "B A"],
+    threshold: Float[Tensor, "B G"],
+    locations: Locations,
+    targets: Targets,
+    pad_hw: Int[Tensor, "B 2"],
+    num_classes: int,
+) -> Assigned:
+    """Return what each location has to tell.
+
+    Args:
+        owner: Index of the location's object; -1 for background.
+        threshold: Each object's positive IoU threshold.
+        locations: The grid of the padded batch.
+        targets: Objects.
+        pad_hw: See `assign`.
+        num_classes: The label that means background.
+    """
+    corner = locations.xy - (locations.offset * locations.stride)[:, None]
+    is_positive = owner >= 0
     gt_xyxy, gt_label = pad_empty(targets)
+    index = owner.clamp(min=0)
     return Assigned(
-        label=gt_label.gather(1, owner).where(is_positive, num_classes),
-        gt_xyxy=gt_xyxy.gather(1, owner[..., None].expand(-1, -1, 4)).where(is_positive[..., None], 0.0),
+        label=gt_label.gather(1, index).where(is_positive, num_classes),
+        gt_xyxy=gt_xyxy.gather(1, index[..., None].expand(-1, -1, 4)).where(is_positive[..., None], 0.0),
         is_positive=is_positive,
-        is_valid=is_valid,
+        is_valid=(corner[None] < pad_hw.flip(1)[:, None]).all(dim=-1),
         threshold=threshold.where(targets.is_object, torch.inf),
     )
+
+
+def candidates(locations: Locations, targets: Targets, pad_hw: Int[Tensor, "B 2"]) -> Candidates:
+    """Find the candidates of each object and its threshold; see `assign`."""
+    index, is_candidate = nearest_locations(locations, targets.gt_xyxy, pad_hw)
+    is_candidate = is_candidate & targets.is_object[..., None]
+    iou = box_iou(prior_boxes(locations)[index], targets.gt_xyxy[:, :, None])
+    return Candidates(index, is_candidate, iou, positive_threshold(iou, is_candidate))
 
 
 def nearest_locations(
@@ -74,26 +164,41 @@ def nearest_locations(
     Returns:
         Location indices, and whether each is one: a level with fewer than 9 valid locations leaves some out.
     """
+    index, is_inside = grid_window(locations, gt_xyxy, pad_hw, WINDOW)
+    center = ((gt_xyxy[..., :2] + gt_xyxy[..., 2:]) / 2)[:, :, None, None]
+    distance = (locations.xy[index] - center).square().sum(dim=-1).sqrt().where(is_inside, torch.inf)
+    best = ((ordered_bits(distance) << 32) - index).topk(NUM_CANDIDATES, dim=-1, largest=False).indices
+    return index.gather(-1, best).flatten(2), is_inside.gather(-1, best).flatten(2)
+
+
+def grid_window(
+    locations: Locations, gt_xyxy: Float[Tensor, "B G 4"], pad_hw: Int[Tensor, "B 2"], size: int
+) -> tuple[Int64[Tensor, "B G P K"], Bool[Tensor, "B G P K"]]:
+    """Return a square window of each level's grid around each object's centre.
+
+    Args:
+        locations: The grid of the padded batch.
+        gt_xyxy: Objects.
+        pad_hw: See `assign`.
+        size: Columns and rows of the window; it is moved to lie inside the image, which it may exceed still.
+
+    Returns:
+        Location indices, 0 beyond the valid ones, and whether each is valid.
+    """
     device = gt_xyxy.device
     level_hw, stride, first = level_table(locations.level_hw, locations.level_stride, device)
     # rows and columns of each level that are valid in each image: B 1 P 2
     extent_hw = torch.minimum(-(-pad_hw[:, None] // stride[:, None]), level_hw)[:, None]
     center_yx = ((gt_xyxy[..., :2] + gt_xyxy[..., 2:]) / 2).flip(-1)[:, :, None]  # B G 1 2
-    nearest_yx = (center_yx / stride[:, None]).round().long()
-    start_yx = torch.minimum(nearest_yx - WINDOW // 2, extent_hw - WINDOW).clamp(min=0)  # B G P 2
-    index_yx = start_yx[..., None] + torch.arange(WINDOW, device=device)  # B G P 2 W
+    nearest_yx = (center_yx / stride[:, None] - locations.offset).round().long()
+    start_yx = torch.minimum(nearest_yx - size // 2, extent_hw - size).clamp(min=0)  # B G P 2
+    index_yx = start_yx[..., None] + torch.arange(size, device=device)  # B G P 2 W
     is_inside = index_yx < extent_hw[..., None]
-    offset = index_yx * stride[:, None, None] - center_yx[..., None]
-    squared = offset.square()
-    distance = (squared[:, :, :, 1, None, :] + squared[:, :, :, 0, :, None]).sqrt().flatten(3)  # B G P W*W
     is_inside_both = (is_inside[:, :, :, 0, :, None] & is_inside[:, :, :, 1, None, :]).flatten(3)
     index = (
         first[:, None, None] + index_yx[:, :, :, 0, :, None] * level_hw[:, 1, None, None] + index_yx[:, :, :, 1, None]
     )
-    key = ordered_key(distance.where(is_inside_both, torch.inf), -index.flatten(3))
-    best = key.topk(NUM_CANDIDATES, dim=-1, largest=False).indices
-    is_candidate = is_inside_both.gather(-1, best).flatten(2)
-    return index.flatten(3).gather(-1, best).flatten(2).where(is_candidate, 0), is_candidate
+    return index.flatten(3).where(is_inside_both, 0), is_inside_both
 
 
 @lru_cache(maxsize=1024)  # more than there are padded sizes; each costs a copy from the host
@@ -106,13 +211,12 @@ def level_table(
     return sizes_hw.to(device), torch.tensor(level_stride, device=device), (count.cumsum(0) - count).to(device)
 
 
-def ordered_key(value: Float[Tensor, "*S"], tie: Int64[Tensor, "*S"]) -> Int64[Tensor, "*S"]:
-    """Return integers that sort like `(value, tie)`, for values that are not negative.
+def ordered_bits(value: Float[Tensor, "*S"]) -> Int64[Tensor, "*S"]:
+    """Return integers below `2^31` that sort like the values, which are not negative.
 
-    The bits of non-negative floats sort like the floats; ties in their lower half make the order total, hence the same
-    on every device.
+    Above a tie-breaker in the lower half of a number they make an order total, hence the same on every device.
     """
-    return (value.view(torch.int32).long() << 32) + tie
+    return value.view(torch.int32).long()
 
 
 def positive_threshold(iou: Float[Tensor, "B G K"], is_candidate: Bool[Tensor, "B G K"]) -> Float[Tensor, "B G"]:
@@ -124,21 +228,28 @@ def positive_threshold(iou: Float[Tensor, "B G K"], is_candidate: Bool[Tensor, "
 
 
 def resolve_claims(
-    candidate: Int64[Tensor, "B G K"], is_claim: Bool[Tensor, "B G K"], iou: Float[Tensor, "B G K"], num_locations: int
-) -> tuple[Int64[Tensor, "B A"], Bool[Tensor, "B A"]]:
-    """Give each claimed location to the claimant of highest IoU, among equals to the one of lowest index.
+    candidate: Int64[Tensor, "B G K"],
+    is_claim: Bool[Tensor, "B G K"],
+    preference: Int64[Tensor, "B G K"],
+    num_locations: int,
+) -> Int64[Tensor, "B A"]:
+    """Give each claimed location to the claimant of highest preference, among equals to the one of lowest index.
+
+    Args:
+        candidate: Location indices.
+        is_claim: Whether the object claims the location.
+        preference: From 0 to below `2^31`.
+        num_locations: Of the grid.
 
     Returns:
-        The owner's index (0 where unclaimed), and whether the location is claimed.
+        The owner's index, -1 where unclaimed.
     """
     num_images, num_objects, _ = candidate.shape
-    tie = -torch.arange(num_objects, device=candidate.device)[:, None].expand_as(candidate)
-    key = (ordered_key(iou, tie) + num_objects).where(is_claim, -1)
-    best = key.new_full((num_images, num_locations), -1)
+    rank = num_objects - torch.arange(num_objects, device=candidate.device)[:, None].expand_as(candidate)
+    key = ((preference << 32) + rank).where(is_claim, 0)
+    best = key.new_zeros((num_images, num_locations))
     best = best.scatter_reduce(1, candidate.flatten(1), key.flatten(1), reduce="amax")
-    is_positive = best >= 0
-    owner = (num_objects - (best & 0xFFFFFFFF)).where(is_positive, 0)
-    return owner, is_positive
+    return (num_objects - (best & 0xFFFFFFFF)).where(best > 0, -1)
 
 
 def pad_empty(targets: Targets) -> tuple[Float[Tensor, "B g 4"], Int[Tensor, "B g"]]:

@@ -82,19 +82,22 @@ def expected_distance(edge: Float[Tensor, "*S R"]) -> Float[Tensor, "*S"]:
     return edge.softmax(dim=-1) @ bins
 
 
-def location_grid(sizes_hw: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device) -> Locations:
-    """Lay out the locations of feature maps: column and row times the stride, no half-pixel offset.
+def location_grid(
+    sizes_hw: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device, offset: float = 0.0
+) -> Locations:
+    """Lay out the locations of feature maps: column and row, plus an offset, times the stride.
 
     Args:
         sizes_hw: Height and width of each level's map, finest first.
         strides: Pixels between neighbours, per level.
         device: Where the tensors live.
+        offset: In strides; 0 is what ATSS and GFL use, 0.5 what FCOS does.
     """
     xy, stride, level = [], [], []
     for index, ((height, width), step) in enumerate(zip(sizes_hw, strides, strict=True)):
         y, x = torch.meshgrid(
-            torch.arange(height, device=device, dtype=torch.float32) * step,
-            torch.arange(width, device=device, dtype=torch.float32) * step,
+            torch.arange(height, device=device, dtype=torch.float32).add(offset) * step,
+            torch.arange(width, device=device, dtype=torch.float32).add(offset) * step,
             indexing="ij",
         )
         xy.append(torch.stack((x, y), dim=-1).reshape(-1, 2))
@@ -106,6 +109,7 @@ def location_grid(sizes_hw: tuple[tuple[int, int], ...], strides: tuple[int, ...
         level=torch.cat(level),
         level_hw=sizes_hw,
         level_stride=strides,
+        offset=offset,
     )
 
 

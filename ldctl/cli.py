@@ -158,7 +158,7 @@ def teacher_train(
 
 @teacher_app.command("import")
 def teacher_import(
-    source: Annotated[Path, typer.Argument(help="GFL checkpoint of mmdet 2 or 3 (.pth).")],
+    source: Annotated[Path, typer.Argument(help="Checkpoint of mmdet 2 or 3 (.pth).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the .safetensors.")],
     classes: Annotated[
         str | None,
@@ -168,7 +168,7 @@ def teacher_import(
         ),
     ] = None,
 ) -> None:
-    """Import a GFL detector or LD student that mmdet trained.
+    """Import a detector of mmdet: GFL, an LD student, or GFLv2, ATSS or FCOS with edge distributions.
 
     Example: ldctl teacher import gfl_r101_fpn_mstrain_2x_coco.pth -o gfl_r101.safetensors
     """

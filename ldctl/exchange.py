@@ -1,4 +1,4 @@
-"""Weights from and to other tools: GFL detectors of mmdet become checkpoints, and checkpoints become mmdet's files."""
+"""Weights from and to other tools: detectors of mmdet become checkpoints, and checkpoints become mmdet's files."""
 
 import io
 from pathlib import Path
@@ -16,7 +16,7 @@ from ldctl.trainer import shapes
 
 
 def import_teacher(source: Path, target: Path, classes: str | None) -> str:
-    """Convert a GFL detector of mmdet; return what was found.
+    """Convert a dense detector of mmdet; return what was found.
 
     Args:
         source: `.pth` file of mmdet 2 or 3.
@@ -24,7 +24,8 @@ def import_teacher(source: Path, target: Path, classes: str | None) -> str:
         classes: Names separated by commas, or a text file with one a line; by default COCO's for 80 and VOC's for 20.
 
     Raises:
-        CheckpointError: The file is no GFL detector; every entry that does not fit is listed, nothing is written.
+        CheckpointError: The file is no detector with edge distributions; every entry that does not fit is listed, and
+            nothing is written.
         SpecError: The classes cannot be inferred, or their number is wrong.
         OutputError: The target exists or cannot be written.
     """
@@ -35,7 +36,7 @@ def import_teacher(source: Path, target: Path, classes: str | None) -> str:
     names = _class_names(classes, found.num_classes)
     values = {
         "backbone": {"depth": found.depth, "dcn": found.has_dcn},
-        "head": {"reg_max": found.reg_max, "num_convs": found.num_convs},
+        "head": {"kind": found.kind, "reg_max": found.reg_max, "num_convs": found.num_convs},
         "channels": found.channels,
     }
     try:
@@ -50,8 +51,8 @@ def import_teacher(source: Path, target: Path, classes: str | None) -> str:
     meta = CheckpointMeta(model=model.model_dump(mode="json"), classes=names, short_side=800, long_side=1333)
     checkpoint.save(target, tensors, meta)
     return (
-        f"{target}: GFL with ResNet-{found.depth}, {found.num_classes} classes, reg_max {found.reg_max}, "
-        f"{found.channels} channels; {len(state)} entries read, none left over"
+        f"{target}: {mmdet.NAMES[found.kind]} with ResNet-{found.depth}, {found.num_classes} classes, "
+        f"reg_max {found.reg_max}, {found.channels} channels; {len(state)} entries read, none left over"
     )
 
 
@@ -92,7 +93,7 @@ def export_mmdet(source: Path, target: Path | None) -> str:
     target = target or source.with_suffix(".pth")
     checkpoint.check_new(target)
     detector, _ = load_detector(source)
-    state = mmdet.to_mmdet(detector.state_dict())
+    state = mmdet.to_mmdet(detector.state_dict(), detector.spec.head.kind)
     packed = io.BytesIO()
     torch.save({"meta": {}, "state_dict": state}, packed)
     checkpoint.write_whole(target, packed.getvalue())

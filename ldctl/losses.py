@@ -1,5 +1,6 @@
-"""The detection losses of GFL: QFL for classes, GIoU and DFL for boxes."""
+"""The detection losses: GFL's and GFLv2's, and those of heads that tell centerness."""
 
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,18 +12,50 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from ldctl.boxes import box_giou, box_iou, decode_ltrb, encode_ltrb, expected_distance
 from ldctl.distributed import reduce_mean, world_size
 from ldctl.schema import Spec
-from ldctl.types import Assigned, Dense, Normalizer, Where
+from ldctl.types import Assigned, Dense, Locations, Normalizer, Where
 
 QFL_BETA = 2.0  # Source: GFL, table 1
 MAX_TARGET_SLACK = 0.1  # targets stop this short of reg_max, so that both neighbouring bins exist. Source: GFL's code
 
 
+FOCAL_GAMMA, FOCAL_ALPHA = 2.0, 0.25  # Source: RetinaNet (ICCV 2017, arXiv:1708.02002), table 1
+
+
 class LossSpec(Spec):
-    """Weights of the detection losses; only `dfl` may be 0, which leaves it out. Source: GFL's configuration."""
+    """Weights of the detection losses; a head takes those that it has.
+
+    Attributes:
+        qfl: Classes, of GFL and GFLv2.
+        focal: Classes, of ATSS and FCOS.
+        giou: Boxes; FCOS itself has 1.
+        dfl: Edge distributions, of GFL and GFLv2; 0 leaves it out.
+        centerness: Of ATSS and FCOS.
+
+    Source: the configurations of GFL and ATSS.
+    """
 
     qfl: float = Field(default=1.0, gt=0)
+    focal: float = Field(default=1.0, gt=0)
     giou: float = Field(default=2.0, gt=0)
     dfl: float = Field(default=0.25, ge=0)
+    centerness: float = Field(default=1.0, gt=0)
+
+
+@dataclass(frozen=True)
+class Positives:
+    """Predictions and targets of the positives, in stride units: there the reference's floors mean the same everywhere.
+
+    Attributes:
+        edge: Logits of the edge distributions.
+        xy: Locations.
+        pred_xyxy: Predicted boxes.
+        gt_xyxy: The locations' objects.
+    """
+
+    edge: Float[Tensor, "N 4 R"]
+    xy: Float[Tensor, "N 2"]
+    pred_xyxy: Float[Tensor, "N 4"]
+    gt_xyxy: Float[Tensor, "N 4"]
 
 
 def quality_focal_loss(
@@ -43,6 +76,30 @@ def quality_focal_loss(
     """
     distance = (target - logit.sigmoid()).abs()
     return binary_cross_entropy_with_logits(logit, target, reduction="none") * distance.pow(beta)
+
+
+def focal_loss(logit: Float[Tensor, "*S"], target: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """Return the cross entropy, scaled by how far the score is from its target, and objects by less than background.
+
+    Args:
+        logit: Class logits.
+        target: 1 for an object's class, else 0.
+
+    Normalized by: nothing; one value per element.
+
+    Source: RetinaNet (ICCV 2017, arXiv:1708.02002), eq. 5.
+    """
+    balance = torch.where(target > 0, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
+    return balance * quality_focal_loss(logit, target, FOCAL_GAMMA)  # for such targets both have the same factor
+
+
+def joint_logit(cls: Float[Tensor, "*#S"], quality: Float[Tensor, "*#S"]) -> Float[Tensor, "*S"]:
+    """Return the logit of `sigmoid(cls) * sigmoid(quality)`; shapes broadcast.
+
+    With it the losses of single logits serve for products too: no probability is rounded to 0 or 1 on the way.
+    """
+    # odds against the product: (1 + e^-c) (1 + e^-q) - 1
+    return -torch.logaddexp(torch.logaddexp(-cls, -quality), -cls - quality)
 
 
 def distribution_focal_loss(edge: Float[Tensor, "N 4 R"], target_ltrb: Float[Tensor, "N 4"]) -> Float[Tensor, " N"]:
@@ -96,7 +153,10 @@ def positive_count(assigned: Assigned) -> Int64[Tensor, ""]:
 def detection_losses(
     spec: LossSpec, dense: Dense, assigned: Assigned, main: Where, norm: Normalizer
 ) -> dict[str, Float[Tensor, ""]]:
-    """Return `qfl`, `giou` and `dfl`, weighted and normalised; their sum trains a plain GFL detector.
+    """Return `qfl`, `giou` and `dfl`, weighted and normalised; their sum trains a plain GFL or GFLv2 detector.
+
+    Where the head tells a quality, QFL is that of the product: its gradients reach the quality, and the edge
+    distributions through it.
 
     Args:
         spec: Weights.
@@ -110,38 +170,102 @@ def detection_losses(
 
     Normalized by: `qfl` by the number of positives, `giou` and `dfl` by the sum of the positives' weights.
     """
-    assert isinstance(main.row, Tensor), "positives are picked"
-    edge = dense.edge.flatten(0, 1)[main.row]
-    location = main.row % assigned.label.shape[1]
-    stride = dense.locations.stride[location]
-    # boxes in stride units: there the reference's floors of 1e-6 mean the same on every level
-    xy = dense.locations.xy[location] / stride[:, None]
-    gt_xyxy = assigned.gt_xyxy.flatten(0, 1)[main.row] / stride[:, None]
-    one = torch.ones_like(stride)
-    pred_xyxy = decode_ltrb(xy, expected_distance(edge), one)
-    quality = box_iou(pred_xyxy.detach(), gt_xyxy)
+    found = positives(dense, assigned, main)
+    quality = box_iou(found.pred_xyxy.detach(), found.gt_xyxy)
+    logit = dense.cls.float()
+    if dense.quality is not None:
+        logit = joint_logit(logit, dense.quality.float()[..., None])
+    per_class = quality_focal_loss(logit, class_targets(logit, assigned, main, quality))
     losses = {
-        "qfl": spec.qfl * classification_loss(dense, assigned, main, quality) / norm.num_positive,
-        "giou": spec.giou * ((1 - box_giou(pred_xyxy, gt_xyxy)) * main.weight).sum() / norm.weight_sum,
+        "qfl": spec.qfl * (per_class.sum(dim=-1) * assigned.is_valid).sum() / norm.num_positive,
+        "giou": spec.giou * (giou_loss(found) * main.weight).sum() / norm.weight_sum,
     }
     if spec.dfl:
-        per_row = distribution_focal_loss(edge, encode_ltrb(xy, gt_xyxy, one))
+        target_ltrb = encode_ltrb(found.xy, found.gt_xyxy, found.xy.new_ones(len(found.xy)))
+        per_row = distribution_focal_loss(found.edge, target_ltrb)
         losses["dfl"] = spec.dfl * (per_row * main.weight).sum() / norm.weight_sum
     return losses
 
 
-def classification_loss(
-    dense: Dense, assigned: Assigned, main: Where, quality: Float[Tensor, " N"]
-) -> Float[Tensor, ""]:
-    """Return QFL summed over all valid locations and classes, not normalised.
+def centerness_losses(
+    spec: LossSpec, dense: Dense, assigned: Assigned, central: Where, norm: Normalizer
+) -> dict[str, Float[Tensor, ""]]:
+    """Return `focal`, `giou` and `centerness`, weighted and normalised; their sum trains a plain ATSS or FCOS detector.
 
     Args:
+        spec: Weights.
         dense: The detector's outputs.
         assigned: Targets of every location.
-        main: The positives.
-        quality: IoU of each positive's predicted box with its object: the target of the object's class.
+        central: The positives, weighted by centerness; see `by_centerness`.
+        norm: Divisors.
+
+    Returns:
+        Scalars >= 0. Without positives `giou` and `centerness` are 0 and still reach their parameters with a zero
+        gradient.
+
+    Normalized by: `giou` by the sum of the positives' centerness, the others by the number of positives.
+
+    Source: ATSS (CVPR 2020, arXiv:1912.02424), released code. Differs from FCOS's: an image without positives counts
+    as one positive.
     """
+    assert dense.quality is not None, "the head tells centerness"
     logit = dense.cls.float()
+    one = torch.ones_like(central.weight)
+    per_class = focal_loss(logit, class_targets(logit, assigned, central, one))
+    told = dense.quality.float().flatten()[central.row]
+    per_row = binary_cross_entropy_with_logits(told, central.weight, reduction="none")
+    giou = giou_loss(positives(dense, assigned, central))
+    return {
+        "focal": spec.focal * (per_class.sum(dim=-1) * assigned.is_valid).sum() / norm.num_positive,
+        "giou": spec.giou * (giou * central.weight).sum() / norm.weight_sum,
+        "centerness": spec.centerness * per_row.sum() / norm.num_positive,
+    }
+
+
+def by_centerness(main: Where, assigned: Assigned, locations: Locations) -> Where:
+    """Weight the positives by how central they are: `sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))`.
+
+    Returns:
+        The same rows with weights in (0, 1], 1 at the centre: what the box losses are weighted by, and what the head is
+        to tell.
+
+    Source: FCOS (ICCV 2019, arXiv:1904.01355), eq. 3.
+    """
+    assert isinstance(main.row, Tensor), "positives are picked"
+    xy = locations.xy[main.row % len(locations.level)]
+    ltrb = encode_ltrb(xy, assigned.gt_xyxy.flatten(0, 1)[main.row], xy.new_ones(len(xy)))
+    near, far = torch.minimum(ltrb[:, :2], ltrb[:, 2:]), torch.maximum(ltrb[:, :2], ltrb[:, 2:])
+    return replace(main, weight=(near / far).prod(dim=-1).sqrt())
+
+
+def positives(dense: Dense, assigned: Assigned, main: Where) -> Positives:
+    """Pick what the box losses compare."""
+    assert isinstance(main.row, Tensor), "positives are picked"
+    edge = dense.edge.flatten(0, 1)[main.row]
+    location = main.row % assigned.label.shape[1]
+    stride = dense.locations.stride[location]
+    xy = dense.locations.xy[location] / stride[:, None]
+    gt_xyxy = assigned.gt_xyxy.flatten(0, 1)[main.row] / stride[:, None]
+    pred_xyxy = decode_ltrb(xy, expected_distance(edge), torch.ones_like(stride))
+    return Positives(edge, xy, pred_xyxy, gt_xyxy)
+
+
+def giou_loss(boxes: Positives) -> Float[Tensor, " N"]:
+    """Return `1 - GIoU` of each predicted box and its object, in [0, 2]."""
+    return 1 - box_giou(boxes.pred_xyxy, boxes.gt_xyxy)
+
+
+def class_targets(
+    logit: Float[Tensor, "B A C"], assigned: Assigned, main: Where, value: Float[Tensor, " N"]
+) -> Float[Tensor, "B A C"]:
+    """Return the given value at the class of each positive's object, 0 elsewhere.
+
+    Args:
+        logit: Whose targets these are.
+        assigned: Targets of every location.
+        main: The positives.
+        value: Of each positive.
+    """
     target = torch.zeros_like(logit)
-    target.flatten(0, 1)[main.row, assigned.label.flatten()[main.row]] = quality
-    return (quality_focal_loss(logit, target).sum(dim=-1) * assigned.is_valid).sum()
+    target.flatten(0, 1)[main.row, assigned.label.flatten()[main.row]] = value
+    return target

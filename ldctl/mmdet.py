@@ -1,4 +1,6 @@
-"""GFL weights from and to mmdet 2 and 3, which name and shape them alike.
+"""Weights of dense detectors from and to mmdet 2 and 3, which name and shape them alike.
+
+Read and written are GFL, and what forks of mmdet have of its kind: GFLv2, and ATSS and FCOS with edge distributions.
 
 The backbone must be of mmdet's "pytorch" style, as in every GFL and LD configuration. A "caffe" backbone (FCOS
 configurations) has the same names and shapes, yet another stride placement and other input statistics: nothing in a
@@ -24,6 +26,18 @@ WIDTH = 64  # channels behind the first layer of a ResNet of full width
 NUM_MAPS = 3  # backbone maps that the pyramid reads
 OFFSETS = 18  # x and y of each input of a deformable 3x3 convolution; its second version has a mask, too: 27
 BUILDERS = {18: resnet.resnet18, 34: resnet.resnet34, 50: resnet.resnet50, 101: resnet.resnet101}
+# Which head it is: what users call it, and our names of its output layers.
+NAMES = {"gfl": "GFL", "gflv2": "GFLv2", "atss": "ATSS", "fcos": "FCOS"}
+OUTPUTS = {
+    "gfl": {"gfl_cls": "cls", "gfl_reg": "edge"},
+    "gflv2": {"gfl_cls": "cls", "gfl_reg": "edge", "reg_conf.0": "quality.0", "reg_conf.2": "quality.2"},
+    "atss": {"atss_cls": "cls", "atss_reg": "edge", "atss_centerness": "quality"},
+    "fcos": {"conv_cls": "cls", "conv_reg": "edge", "conv_centerness": "quality"},
+}
+# Shapes of weights whose sizes are fixed. Source: GFLv2's configuration
+QUALITY_SHAPES = {"reg_conf.0": (64, 20, 1, 1), "reg_conf.2": (1, 64, 1, 1)}
+# GFLv2 has a channel for the background, which nothing reads: dropped on the way in, silent on the way out.
+BACKGROUND_BIAS = -20.0
 # Blocks of the third stage, and whether they are bottlenecks, tell the depth.
 DEPTHS = {(2, False): 18, (6, False): 34, (6, True): 50, (23, True): 101}
 WRAPPERS = ("student.", "architecture.", "teacher.", "module.", "model.", "detector.")
@@ -47,6 +61,7 @@ class Inferred:
     """What the shapes of a state dict say of the detector.
 
     Attributes:
+        kind: Of the head, a key of `NAMES`.
         depth: Of the ResNet.
         num_classes: Classes, without background.
         reg_max: Largest bin of an edge distribution.
@@ -55,6 +70,7 @@ class Inferred:
         has_dcn: Deformable convolutions in the last three stages of the backbone.
     """
 
+    kind: str
     depth: int
     num_classes: int
     reg_max: int
@@ -104,9 +120,10 @@ def infer_mmdet(state: Mapping[str, Tensor], path: Path) -> Inferred:
     """Tell the detector from its names and shapes.
 
     Raises:
-        CheckpointError: It is wrapped in another module, or not a GFL detector with a plain ResNet.
+        CheckpointError: It is wrapped in another module, or not a detector with edge distributions and a plain ResNet.
     """
     _refuse_kin(state, path)
+    kind = _kind(state, path)
     blocks = _count(state, "backbone.layer3.")
     is_bottleneck = "backbone.layer3.0.conv3.weight" in state
     depth = DEPTHS.get((blocks, is_bottleneck))
@@ -121,15 +138,17 @@ def infer_mmdet(state: Mapping[str, Tensor], path: Path) -> Inferred:
             f"{path}: the backbone has {width:g} times the width of a ResNet-{depth}, as ldctl's narrow students, and "
             "cannot be imported: use the .safetensors that the file was exported from"
         )
-    cls, edge = state["bbox_head.gfl_cls.weight"], state["bbox_head.gfl_reg.weight"]
+    names = [f"bbox_head.{name}.weight" for name in OUTPUTS[kind]][:2]
+    cls, edge = (state[name] for name in names)
     if cls.ndim != 4 or edge.ndim != 4 or edge.shape[0] % 4 or edge.shape[0] < 8:
         raise CheckpointError(
-            f"{path}: bbox_head.gfl_cls.weight {list(cls.shape)} and bbox_head.gfl_reg.weight {list(edge.shape)} are "
-            "no output layers of GFL: import a GFL detector"
+            f"{path}: {names[0]} {list(cls.shape)} and {names[1]} {list(edge.shape)} are "
+            f"no output layers of {NAMES[kind]}: import a GFL detector"
         )
     return Inferred(
+        kind=kind,
         depth=depth,
-        num_classes=cls.shape[0],
+        num_classes=cls.shape[0] - (kind == "gflv2"),
         reg_max=edge.shape[0] // 4 - 1,
         channels=cls.shape[1],
         num_convs=_count(state, "bbox_head.cls_convs."),
@@ -138,7 +157,7 @@ def infer_mmdet(state: Mapping[str, Tensor], path: Path) -> Inferred:
 
 
 def from_mmdet(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Rename the weights of a GFL detector of mmdet to ours, as float32.
+    """Rename the weights of a dense detector of mmdet to ours, as float32.
 
     Raises:
         CheckpointError: It is no such detector, its bins are not 0 .. reg_max, a weight is not finite, or entries are
@@ -146,17 +165,21 @@ def from_mmdet(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """
     inferred = infer_mmdet(state, path)
     expected = {name: shape for name, shape in _expected(inferred).items() if name != PROJECT or name in state}
-    verdict = f"do not fit a GFL detector with ResNet-{inferred.depth}: nothing imported"
-    faults = key_faults({name: value.shape for name, value in state.items()}, expected, "GFL's", verdict)
+    called = NAMES[inferred.kind]
+    verdict = f"do not fit a {called} detector with ResNet-{inferred.depth}: nothing imported"
+    faults = key_faults({name: value.shape for name, value in state.items()}, expected, f"{called}'s", verdict)
     if faults:
         raise CheckpointError(f"{path}: {faults}")
     _check_values(state, path)
-    names = _names(inferred.num_convs)
-    return {
+    names = _names(inferred.kind, inferred.num_convs)
+    tensors = {
         names.get(name, name): value.float() if value.is_floating_point() else value
         for name, value in state.items()
         if name != PROJECT
     }
+    if inferred.kind == "gflv2":
+        tensors |= {name: tensors[name][:-1].clone() for name in ("head.cls.weight", "head.cls.bias")}
+    return tensors
 
 
 def stem_width(state: Mapping[str, Tensor]) -> int:
@@ -165,19 +188,31 @@ def stem_width(state: Mapping[str, Tensor]) -> int:
     return WIDTH if first is None or first.ndim == 0 else first.shape[0]
 
 
-def to_mmdet(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename our weights to those of mmdet's GFL detector, and add its buffer of bins."""
-    names = {ours: theirs for theirs, ours in _names(_count(tensors, "head.cls_tower.")).items()}
+def to_mmdet(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Rename our weights to those of mmdet's detector, and add its buffer of bins.
+
+    Args:
+        tensors: Our weights.
+        kind: Of the head.
+    """
+    if kind == "gflv2":
+        weight, bias = tensors["head.cls.weight"], tensors["head.cls.bias"]
+        background = {
+            "head.cls.weight": torch.cat((weight, torch.zeros_like(weight[:1]))),
+            "head.cls.bias": torch.cat((bias, torch.full_like(bias[:1], BACKGROUND_BIAS))),
+        }
+        tensors = {**tensors, **background}
+    names = {ours: theirs for theirs, ours in _names(kind, _count(tensors, "head.cls_tower.")).items()}
     num_bins = tensors["head.edge.weight"].shape[0] // 4
     state = {names.get(name, name): value for name, value in tensors.items()}
     return state | {PROJECT: torch.arange(num_bins, dtype=torch.float32)}
 
 
-def _names(num_convs: int) -> dict[str, str]:
+def _names(kind: str, num_convs: int) -> dict[str, str]:
     """Map mmdet's names of pyramid and head to ours; the backbone's are the same."""
     modules = {f"neck.lateral_convs.{i}.conv": f"fpn.lateral.{i}" for i in range(NUM_MAPS)}
     modules |= {f"neck.fpn_convs.{i}.conv": f"fpn.output.{i}" for i in range(NUM_LEVELS)}
-    modules |= {"bbox_head.gfl_cls": "head.cls", "bbox_head.gfl_reg": "head.edge"}
+    modules |= {f"bbox_head.{theirs}": f"head.{ours}" for theirs, ours in OUTPUTS[kind].items()}
     names = {f"bbox_head.scales.{i}.scale": f"head.scales.{i}" for i in range(NUM_LEVELS)}
     for i in range(num_convs):
         for theirs, ours in (("cls_convs", "cls_tower"), ("reg_convs", "edge_tower")):
@@ -189,7 +224,7 @@ def _names(num_convs: int) -> dict[str, str]:
 
 
 def _expected(inferred: Inferred) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every entry of mmdet's GFL detector."""
+    """Return name and shape of every entry of mmdet's detector."""
     with torch.device("meta"):
         backbone = BUILDERS[inferred.depth]().state_dict()
     shapes = {f"backbone.{name}": tuple(value.shape) for name, value in backbone.items() if not name.startswith("fc.")}
@@ -199,7 +234,7 @@ def _expected(inferred: Inferred) -> dict[str, tuple[int, ...]]:
             prefix = name.removesuffix("weight") + "conv_offset."
             shapes |= {f"{prefix}weight": (OFFSETS, *shapes[name][1:]), f"{prefix}bias": (OFFSETS,)}
     channels, last = inferred.channels, backbone["fc.weight"].shape[1]
-    for name in _names(inferred.num_convs):
+    for name in _names(inferred.kind, inferred.num_convs):
         if name.endswith(".scale"):
             shapes[name] = ()
         elif name.endswith(("gn.weight", "bias")):
@@ -209,9 +244,11 @@ def _expected(inferred: Inferred) -> dict[str, tuple[int, ...]]:
     for i in range(NUM_MAPS):
         shapes[f"neck.lateral_convs.{i}.conv.weight"] = (channels, last >> (NUM_MAPS - 1 - i), 1, 1)
     num_bins = inferred.reg_max + 1
-    for layer, outputs in (("gfl_cls", inferred.num_classes), ("gfl_reg", 4 * num_bins)):
-        shapes[f"bbox_head.{layer}.weight"] = (outputs, channels, 3, 3)
-        shapes[f"bbox_head.{layer}.bias"] = (outputs,)
+    outputs = {"cls": inferred.num_classes + (inferred.kind == "gflv2"), "edge": 4 * num_bins, "quality": 1}
+    for layer, ours in OUTPUTS[inferred.kind].items():
+        shape = QUALITY_SHAPES.get(layer) or (outputs[ours], channels, 3, 3)
+        shapes[f"bbox_head.{layer}.weight"] = shape
+        shapes[f"bbox_head.{layer}.bias"] = shape[:1]
     return shapes | {PROJECT: (num_bins,)}
 
 
@@ -231,12 +268,26 @@ def _refuse_kin(state: Mapping[str, Tensor], path: Path) -> None:
             f"s = {{k[{len(wrapper)}:]: v for k, v in s.items() if k.startswith('{wrapper}')}}; "
             "torch.save({'state_dict': s}, 'stripped.pth')\", and import stripped.pth"
         )
-    missing = [f"bbox_head.{layer}.weight" for layer in ("gfl_cls", "gfl_reg")]
-    missing = [name for name in missing if name not in state]
-    if missing:
-        raise CheckpointError(f"{path}: no {missing[0]}: not a GFL detector of mmdet, import one")
-    if any(name.startswith("bbox_head.reg_conf.") for name in state):
-        raise CheckpointError(f"{path}: a GFLv2 head (bbox_head.reg_conf): import a GFL detector")
+
+
+def _kind(state: Mapping[str, Tensor], path: Path) -> str:
+    """Return which head it is, by the names of its output layers."""
+    telling = {"gflv2": "reg_conf", "atss": "atss_centerness", "fcos": "conv_centerness"}
+    found = (kind for kind, layer in telling.items() if any(name.startswith(f"bbox_head.{layer}.") for name in state))
+    kind = next(found, "gfl")
+    wanted = [f"bbox_head.{layer}.weight" for layer in OUTPUTS[kind]][:2]
+    if missing := [name for name in wanted if name not in state]:
+        *others, last = NAMES.values()
+        raise CheckpointError(
+            f"{path}: no {missing[0]}: not a detector of mmdet with a head of {', '.join(others)} or {last}: import one"
+        )
+    if state[wanted[1]].shape[0] == 4:
+        raise CheckpointError(
+            f"{path}: {wanted[1]} has 4 channels: the head predicts boxes without edge distributions, which "
+            "localization distillation is about: import one that has them, or train it: "
+            f"ldctl teacher train --set model.head.kind={kind}"
+        )
+    return kind
 
 
 def _check_values(state: Mapping[str, Tensor], path: Path) -> None:

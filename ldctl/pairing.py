@@ -57,17 +57,20 @@ def share_levels(pair: Pair, shift: int) -> Pair:
         shift: By how many levels.
 
     Returns:
-        Both at the student's locations.
+        Both at the student's locations, but for the offset of either's own.
     """
     if shift == 0:
         return pair
     own, other = partners(shift, len(pair.student.locations.level_hw))
     locations = _locations_of(pair.student.locations, own)
+    offset = pair.teacher.locations.offset
+    xy = locations.xy + (offset - locations.offset) * locations.stride[:, None]
+    theirs = replace(locations, xy=xy, offset=offset)
     assert pair.teacher.locations.level_hw[other] == locations.level_hw, "as many locations on each level"
     return Pair(
         student=_levels(pair.student, own, locations),
-        teacher=_levels(pair.teacher, other, locations),
-        crossed=_levels(pair.crossed, other, locations) if pair.crossed else None,
+        teacher=_levels(pair.teacher, other, theirs),
+        crossed=_levels(pair.crossed, other, theirs) if pair.crossed else None,
     )
 
 
@@ -121,6 +124,7 @@ def _levels(dense: Dense, levels: slice, locations: Locations) -> Dense:
         features=dense.features[levels],
         towers=TowerMaps(cls=dense.towers.cls[levels], edge=dense.towers.edge[levels]),
         locations=locations,
+        quality=None if dense.quality is None else dense.quality[:, rows],
     )
 
 
@@ -133,6 +137,7 @@ def _locations_of(locations: Locations, levels: slice) -> Locations:
         level=locations.level[rows] - levels.start,
         level_hw=locations.level_hw[levels],
         level_stride=locations.level_stride[levels],
+        offset=locations.offset,
     )
 
 

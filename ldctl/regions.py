@@ -19,7 +19,7 @@ from ldctl.boxes import (
     prior_boxes,
 )
 from ldctl.schema import Spec
-from ldctl.types import Assigned, Locations, Pair, Targets, Where
+from ldctl.types import Assigned, Dense, Locations, Pair, Targets, Where
 
 Region = Literal["main", "vlr", "all", "inside_gt", "outside_gt", "finegrained", "gi"]
 VlrKind = Literal["diou", "reference"]
@@ -59,7 +59,7 @@ def region(name: Region, spec: RegionSpec, pair: Pair, assigned: Assigned, targe
     locations = pair.student.locations
     match name:
         case "main":
-            return main_region(pair.student.cls, assigned, locations)
+            return main_region(pair.student, assigned)
         case "vlr":
             return vlr_region(spec, assigned, targets, locations)
         case "all":
@@ -74,13 +74,13 @@ def region(name: Region, spec: RegionSpec, pair: Pair, assigned: Assigned, targe
 
 
 @torch.no_grad()
-def main_region(student_cls: Float[Tensor, "B A C"], assigned: Assigned, locations: Locations) -> Where:
-    """Select the positives, weighted by the student's best class score (over all classes, not only the object's).
+def main_region(student: Dense, assigned: Assigned) -> Where:
+    """Select the positives, weighted by the student's best score (over all classes, not only the object's).
 
-    Source: GFL's released code weights its box losses so; LD's released code its main-region LD too.
+    Source: GFL's released code weights its box losses so; LD's released code its main-region LD too. Differs from the
+    latter: the score of heads that tell centerness is the product with it, as everywhere else.
     """
-    score = student_cls.float().amax(dim=-1).sigmoid()
-    return select(assigned.is_positive, score, locations)
+    return select(assigned.is_positive, student.best_score, student.locations)
 
 
 @torch.no_grad()
@@ -181,14 +181,17 @@ def general_instances(pair: Pair, assigned: Assigned) -> Bool[Tensor, "B A"]:
     Differs from the released LD code: that takes ten per level of the whole batch, whose images suppress one another.
     """
     locations = pair.student.locations
-    student, teacher = pair.student.cls.float().sigmoid(), pair.teacher.cls.float().sigmoid()
+    student, teacher = pair.student.score, pair.teacher.score
     gap, label = (student - teacher).abs().max(dim=-1)
     is_student_surer = (student > teacher).gather(-1, label[..., None])
     best = gap.where(assigned.is_valid, -1.0).topk(min(GI_CANDIDATES, gap.shape[1]))
     row = best.indices[..., None, None].expand(-1, -1, *pair.student.edge.shape[2:])
-    ltrb = [expected_distance(dense.edge.gather(1, row)) for dense in (pair.student, pair.teacher)]
-    ltrb_surer = ltrb[0].where(is_student_surer.gather(1, best.indices[..., None]), ltrb[1])
-    xyxy = decode_ltrb(locations.xy[best.indices], ltrb_surer, locations.stride[best.indices])
+    stride = locations.stride[best.indices]
+    boxes = [
+        decode_ltrb(dense.locations.xy[best.indices], expected_distance(dense.edge.gather(1, row)), stride)
+        for dense in (pair.student, pair.teacher)
+    ]
+    xyxy = boxes[0].where(is_student_surer.gather(1, best.indices[..., None]), boxes[1])
     num_images = len(gap)
     image = torch.arange(num_images, device=gap.device).repeat_interleave(best.indices.shape[1])
     # images are told apart by shifts that only keep boxes above zero apart; decoded boxes may lie below

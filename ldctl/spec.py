@@ -129,8 +129,8 @@ class DistillationSpec(RegionSpec):
         return self.cut if self.crossed_towers else 0
 
     @property
-    def needs_equal_bins(self) -> bool:
-        """Return whether a term compares the student's own edge distributions with the teacher's."""
+    def compares_edges(self) -> bool:
+        """Return whether a term compares the student's own edge distributions with the teacher's, bin by bin."""
         return any(isinstance(term, LD) for term in self.terms)
 
     def check_classes(self, match: ClassMatch) -> None:
@@ -316,13 +316,20 @@ class DistillSpec(RunSpec):
         assistant = self.assistant.model if self.assistant else None
         models = {"teacher": teacher, "assistant": assistant, "student": self.student}
         heads = {name: model.head for name, model in models.items() if model is not None}
-        first, bins = next((name, head.reg_max) for name, head in heads.items())
-        for name, head in heads.items():
-            if head.reg_max != bins and self.distill.needs_equal_bins:
-                key = "assistant.model" if name == "assistant" else name
+        first, wanted = next(iter(heads.items()))
+        for name, head in heads.items() if self.distill.compares_edges else ():
+            key = "assistant.model" if name == "assistant" else name
+            if head.reg_max != wanted.reg_max:
                 return (
-                    f"the {first} has reg_max {bins}, the {name} {head.reg_max}, and distributions over different bins "
-                    f"cannot be compared: pass --set {key}.head.reg_max={bins}"
+                    f"the {first} has reg_max {wanted.reg_max}, the {name} {head.reg_max}, and distributions over "
+                    f"different bins cannot be compared: pass --set {key}.head.reg_max={wanted.reg_max}"
+                )
+            if head.location_offset != wanted.location_offset:
+                return (
+                    f'the {first} has a head "{wanted.kind}", the {name} "{head.kind}", whose locations lie half a '
+                    'stride apart, so "ld" would compare distances from different places: '
+                    f"pass --set {key}.head.kind={wanted.kind}, or compare boxes and classes instead: "
+                    """--set 'distill.terms=[{kind="bckd_box"},{kind="binary_kd"}]'"""
                 )
         largest = min(head.num_convs for head in heads.values())
         if teacher is not None and self.distill.tower_cut > largest:

@@ -8,11 +8,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ldctl.assign import assign
+from ldctl.assign import assign, assign_fcos
 from ldctl.boxes import PAD_MULTIPLE, location_grid
 from ldctl.distill.crosskd import aligned_towers
 from ldctl.distributed import reduce_mean, world_size
-from ldctl.losses import LossSpec, detection_losses, normalizer, positive_count
+from ldctl.losses import (
+    LossSpec,
+    by_centerness,
+    centerness_losses,
+    detection_losses,
+    normalizer,
+    positive_count,
+)
 from ldctl.models.detector import Detector, PostprocessSpec
 from ldctl.models.pseudo import pseudo_objects
 from ldctl.pairing import (
@@ -130,22 +137,22 @@ def training_losses(
     images = detector.normalize(batch.images, batch.size_hw)
     with autocast:
         dense = learner(images)
-    assigned = assign_labelled(dense.locations, batch, detector.num_classes)
-    main = main_region(dense.cls, assigned, dense.locations)  # synchronises: number of positives
-    norm = normalizer(teaching.spec.normalize if teaching else "synced", assigned, main, parts=parts)
+    assigned = assign_labelled(detector, dense.locations, batch)
+    main = main_region(dense, assigned)  # synchronises: number of positives
+    has_centerness = detector.spec.head.has_centerness
+    boxes = by_centerness(main, assigned, dense.locations) if has_centerness else main
+    norm = normalizer(teaching.spec.normalize if teaching else "synced", assigned, boxes, parts=parts)
     if num_positive is not None:
         norm = replace(norm, num_positive=num_positive)
-    named = detection_losses(losses, dense, assigned, main, norm)
+    own_losses = centerness_losses if has_centerness else detection_losses
+    named = own_losses(losses, dense, assigned, boxes, norm)
     if teaching is None:
         return named
 
     with autocast:
         pair = compare(teaching, seen_by_teacher(teaching, batch, images), dense)
     lesson = Lesson(pair, batch.targets, assigned, main, norm)
-    if batch.is_labelled is not None:
-        lesson = with_pseudo_objects(lesson, teaching, batch, batch.is_labelled, parts=parts)  # synchronises
-    if teaching.level_shift:
-        lesson = on_shared_levels(lesson, teaching.level_shift)  # synchronises
+    lesson = made_comparable(lesson, detector, teaching, batch, parts=parts)
     where: dict[str, Where] = {"main": lesson.main}
     pair = share_classes(lesson.pair, teaching.shared)
     for name in sorted({term.region for term in teaching.spec.terms} - {"main"}):
@@ -181,14 +188,29 @@ def compare(teaching: Teaching, images: Float[Tensor, "B 3 H W"], student: Dense
     return Pair(student, teacher, crossed=teaching.teacher.head.resume(aligned, cut, teacher.features))
 
 
-def assign_labelled(locations: Locations, batch: Batch, num_classes: int) -> Assigned:
+def assign_by_head(detector: Detector, locations: Locations, targets: Targets, batch: Batch) -> Assigned:
+    """Assign objects to locations by the rule of the detector's head."""
+    rule = assign_fcos if detector.spec.head.kind == "fcos" else assign
+    return rule(locations, targets, padded_hw(batch.size_hw), detector.num_classes)
+
+
+def assign_labelled(detector: Detector, locations: Locations, batch: Batch) -> Assigned:
     """Assign the annotated objects; no location of an unlabelled image is valid, so that no detection loss sees it."""
-    assigned = assign(locations, batch.targets, padded_hw(batch.size_hw), num_classes)
+    assigned = assign_by_head(detector, locations, batch.targets, batch)
     return assigned if batch.is_labelled is None else of_images(assigned, batch.is_labelled)
 
 
+def made_comparable(lesson: Lesson, detector: Detector, teaching: Teaching, batch: Batch, *, parts: int) -> Lesson:
+    """Return the lesson with objects in all images, at the levels that student and teacher share."""
+    if batch.is_labelled is not None:
+        lesson = with_pseudo_objects(lesson, detector, teaching, batch, batch.is_labelled, parts=parts)  # synchronises
+    if teaching.level_shift:
+        lesson = on_shared_levels(lesson, teaching.level_shift)  # synchronises
+    return lesson
+
+
 def with_pseudo_objects(
-    lesson: Lesson, teaching: Teaching, batch: Batch, is_labelled: Bool[Tensor, " B"], *, parts: int
+    lesson: Lesson, detector: Detector, teaching: Teaching, batch: Batch, is_labelled: Bool[Tensor, " B"], *, parts: int
 ) -> Lesson:
     """Return the lesson with what the teacher finds in unlabelled images as their objects; labelled ones keep theirs.
 
@@ -197,6 +219,7 @@ def with_pseudo_objects(
 
     Args:
         lesson: Of the labelled images, at all levels and of all classes.
+        detector: The student.
         teaching: The teacher, and which of its detections count.
         batch: The images.
         is_labelled: Which images need none.
@@ -215,8 +238,8 @@ def with_pseudo_objects(
         gt_label=torch.cat((lesson.targets.gt_label, label), dim=1),
         is_object=torch.cat((lesson.targets.is_object, found.is_object), dim=1),
     )
-    assigned = assign(student.locations, targets, padded_hw(batch.size_hw), student.cls.shape[-1])
-    main = main_region(student.cls, assigned, student.locations)
+    assigned = assign_by_head(detector, student.locations, targets, batch)
+    main = main_region(student, assigned)
     norm = normalizer(lesson.norm.kind, assigned, main, parts=parts)
     return Lesson(lesson.pair, targets, assigned, main, norm)
 
@@ -225,7 +248,7 @@ def on_shared_levels(lesson: Lesson, shift: int) -> Lesson:
     """Return the lesson at the levels that student and teacher share; what losses are divided by stays."""
     pair = share_levels(lesson.pair, shift)
     assigned = share_assigned(lesson.assigned, lesson.pair.student.locations, shift)
-    main = main_region(pair.student.cls, assigned, pair.student.locations)
+    main = main_region(pair.student, assigned)
     return replace(lesson, pair=pair, assigned=assigned, main=main)
 
 
@@ -252,8 +275,8 @@ def count_positive(detector: Detector, batch: Batch) -> Float[Tensor, ""]:
     """Count the positives of a batch, at least one per labelled image, averaged over ranks; needs no prediction."""
     height, width = batch.images.shape[-2:]
     sizes_hw = tuple((-(-height // stride), -(-width // stride)) for stride in detector.strides)
-    locations = location_grid(sizes_hw, detector.strides, batch.images.device)
-    count = reduce_mean(positive_count(assign_labelled(locations, batch, detector.num_classes)).float())
+    locations = location_grid(sizes_hw, detector.strides, batch.images.device, detector.spec.head.location_offset)
+    count = reduce_mean(positive_count(assign_labelled(detector, locations, batch)).float())
     return count.clamp(min=1 / world_size())  # without labelled images, the losses of those are 0 and have to stay so
 
 

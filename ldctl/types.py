@@ -17,7 +17,7 @@ units).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -153,11 +153,12 @@ class Locations:
     """Where the predictions of an image sit, all levels concatenated.
 
     Attributes:
-        xy: Location in pixels of the network input: column and row times the stride, no half-pixel offset.
+        xy: Location in pixels of the network input: column and row, plus the offset, times the stride.
         stride: Pixels between neighbours of the location's level.
         level: 0 for the finest.
         level_hw: Rows and columns of each level; their products sum to `A`.
         level_stride: Stride of each level in pixels.
+        offset: Of locations from the corner of their cells, in strides: 0, or 0.5 for their centres.
     """
 
     xy: Float[Tensor, "A 2"]
@@ -165,6 +166,7 @@ class Locations:
     level: Int[Tensor, " A"]
     level_hw: tuple[tuple[int, int], ...]
     level_stride: tuple[int, ...]
+    offset: float = 0.0
 
     @property
     def level_sizes(self) -> tuple[int, ...]:
@@ -195,6 +197,7 @@ class Dense:
         features: Pyramid maps that the head read, finest first.
         towers: Maps inside the head's towers, where it was asked to be cut; the pyramid maps themselves at cut 0.
         locations: Where the rows sit.
+        quality: Logit of how good the location's box is, whatever its class; none where the class logits tell it alone.
     """
 
     cls: Float[Tensor, "B A C"]
@@ -202,6 +205,21 @@ class Dense:
     features: tuple[Float[Tensor, "B _ _ _"], ...]
     towers: TowerMaps
     locations: Locations
+    quality: Float[Tensor, "B A"] | None = None
+
+    @property
+    def score(self) -> Float32[Tensor, "B A C"]:
+        """Return the score of each class in [0, 1]: `sigmoid(cls)`, times `sigmoid(quality)` where the head tells it.
+
+        Everything that ranks or weighs locations by score means this one.
+        """
+        score = self.cls.float().sigmoid()
+        return score if self.quality is None else score * self.quality.float().sigmoid()[..., None]
+
+    @property
+    def best_score(self) -> Float32[Tensor, "B A"]:
+        """Return the score of each location's best class."""
+        return replace(self, cls=self.cls.amax(dim=-1, keepdim=True)).score.squeeze(-1)
 
 
 @dataclass(frozen=True)

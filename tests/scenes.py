@@ -15,10 +15,10 @@ STRIDES = (8, 16, 32, 64, 128)
 NO_MAPS = TowerMaps((), ())
 
 
-def grid(height: int, width: int) -> Locations:
+def grid(height: int, width: int, offset: float = 0.0) -> Locations:
     """Return the locations of an input of this size, as the feature pyramid lays them out."""
     sizes = tuple((-(-height // stride), -(-width // stride)) for stride in STRIDES)
-    return location_grid(sizes, STRIDES, torch.device("cpu"))
+    return location_grid(sizes, STRIDES, torch.device("cpu"), offset)
 
 
 def targets_of(images: list[list[tuple[float, float, float, float, int]]]) -> Targets:
@@ -60,7 +60,8 @@ def images_of(batch: Targets | Dense, images: slice | list[int]) -> Targets | De
     """Return the given images of a batch."""
     if isinstance(batch, Dense):
         features = tuple(each[images] for each in batch.features)
-        return replace(batch, cls=batch.cls[images], edge=batch.edge[images], features=features)
+        quality = None if batch.quality is None else batch.quality[images]
+        return replace(batch, cls=batch.cls[images], edge=batch.edge[images], features=features, quality=quality)
     return Targets(batch.gt_xyxy[images], batch.gt_label[images], batch.is_object[images])
 
 

@@ -1,5 +1,6 @@
 """ATSS against a brute-force version in numpy's float32, one object at a time, and its invariances."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from scenes import STRIDES, grid, images_of, random_targets, targets_of
 from torch.testing import assert_close
 
-from ldctl.assign import assign, nearest_locations, positive_threshold
+from ldctl.assign import assign, assign_fcos, nearest_locations, positive_threshold
 from ldctl.types import Assigned, Locations, Targets
 
 CLASSES = 7
@@ -32,7 +33,8 @@ class Brute:
 def brute_force(locations: Locations, boxes: np.ndarray, labels: np.ndarray, pad_hw: tuple[int, int]) -> Brute:
     """Assign by the definition: every location against every object, sorted, nothing vectorised over objects."""
     xy, stride, level = (x.numpy() for x in (locations.xy, locations.stride, locations.level))
-    valid = (xy[:, 0] < pad_hw[1]) & (xy[:, 1] < pad_hw[0])
+    corner = xy - locations.offset * stride[:, None]
+    valid = (corner[:, 0] < pad_hw[1]) & (corner[:, 1] < pad_hw[0])
     best = np.full(len(xy), -1, dtype=f32)
     owner = np.full(len(xy), -1)
     is_close = np.zeros(len(xy), dtype=bool)
@@ -255,3 +257,91 @@ def test_order_of_objects_and_images_and_the_split_of_the_batch_do_not_matter(se
         for name in ("label", "gt_xyxy", "is_positive", "is_valid", "threshold"):
             assert torch.equal(getattr(shuffled, name)[place], getattr(found, name)[image]), name
             assert torch.equal(getattr(alone, name)[0], getattr(found, name)[image]), name
+
+
+# --- FCOS -----------------------------------------------------------------------------------------------------------
+
+RANGES_PX = [(-1, 64), (64, 128), (128, 256), (256, 512), (512, math.inf)]
+
+
+def brute_fcos(
+    locations: Locations, boxes: list[tuple[float, float, float, float, int]], pad_hw: tuple[int, int]
+) -> tuple[list[int], list[tuple[float, ...]]]:
+    """Assign by the released code's rule, in pixels: every location against every object; return labels and boxes."""
+    labels, owned = [], []
+    for (x, y), stride, level in zip(
+        locations.xy.tolist(), locations.stride.tolist(), locations.level.tolist(), strict=True
+    ):
+        best, label, owner = math.inf, CLASSES, (0.0, 0.0, 0.0, 0.0)
+        for x1, y1, x2, y2, number in boxes:
+            left, top, right, bottom = x - x1, y - y1, x2 - x, y2 - y
+            cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
+            is_central = abs(x - cx) < 1.5 * stride and abs(y - cy) < 1.5 * stride
+            low, high = RANGES_PX[level]
+            is_in_range = low <= max(left, top, right, bottom) <= high
+            is_cell = x - stride / 2 < pad_hw[1] and y - stride / 2 < pad_hw[0]
+            area = (x2 - x1) * (y2 - y1)
+            if is_cell and min(left, top, right, bottom) > 0 and is_central and is_in_range and area < best:
+                best, label, owner = area, number, (x1, y1, x2, y2)
+        labels.append(label)
+        owned.append(owner)
+    return labels, owned
+
+
+def run_fcos(batch: list) -> tuple[Locations, Targets, torch.Tensor, Assigned]:
+    pad_hw = torch.tensor([size for size, _ in batch])
+    locations = grid(*pad_hw.amax(dim=0).tolist(), 0.5)
+    targets = targets_of([objects for _, objects in batch])
+    return locations, targets, pad_hw, assign_fcos(locations, targets, pad_hw, CLASSES)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(images(), min_size=1, max_size=3))
+@example([((32, 32), [(0.0, 0.0, 32.0, 32.0, 1)])])
+@example([((224, 32), [(2.0, 4.0, 30.0, 220.0, 1)]), ((32, 224), [])])
+@example([((64, 64), [(20.0, 20.0, 36.0, 36.0, 0), (20.0, 20.0, 36.0, 36.0, 3)])])  # identical objects
+@example([((64, 64), [(11.75, 11.75, 35.75, 35.75, 1)])])  # 11.75 pixels from the centre: just less than 1.5 strides
+@example([((224, 224), [(0.0, 0.0, 128.0, 128.0, 1), (8.0, 8.0, 136.0, 136.0, 2)])])  # reaches of exactly 64 and 128
+def test_fcos_equals_brute_force(batch: list) -> None:
+    # to the fourth of a pixel everything is exact: a location may lie on the very rim of what answers
+    batch = [(size, [(*(round(4 * x) / 4 for x in box), label) for *box, label in objects]) for size, objects in batch]
+    locations, _, _, found = run_fcos(batch)
+    for image, (size, objects) in enumerate(batch):
+        labels, owned = brute_fcos(locations, objects, size)
+        assert found.label[image].tolist() == labels
+        assert found.gt_xyxy[image].tolist() == [list(box) for box in owned]
+        assert torch.equal(found.is_positive[image], found.label[image] < CLASSES)
+        boxes = np.array([box for *box, _ in objects], dtype=f32).reshape(-1, 4)
+        expected = brute_force(locations, boxes, np.zeros(len(boxes), dtype=int), size)
+        count = len(objects)
+        assert np.array_equal(found.is_valid[image].numpy(), expected.valid)
+        assert_close(
+            found.threshold[image, :count].double().numpy(), np.array(expected.threshold), rtol=1e-5, atol=1e-7
+        )
+        assert found.threshold[image, count:].isposinf().all()
+
+
+def test_fcos_scenes_have_positives_on_every_level_and_locations_in_dispute() -> None:
+    """The comparison above would be empty if the scenes were."""
+    objects = [(x - r, y - r, x + r, y + r, 0) for x, y, r in [(50, 60, 20), (120, 60, 50), (200, 200, 150)]]
+    objects += [(10.0, 10.0, 410.0, 410.0, 1), (0.0, 0.0, 1400.0, 1300.0, 2), (46.0, 50.0, 60.0, 70.0, 3)]
+    locations, _, _, found = run_fcos([((1312, 1408), objects)])
+    counts = torch.bincount(locations.level[found.is_positive[0]], minlength=5)
+    assert (counts > 0).all()
+    assert counts.max() <= 9 * len(objects)
+    labels, _ = brute_fcos(locations, objects, (1312, 1408))
+    assert found.label[0].tolist() == labels
+    alone = run_fcos([((1312, 1408), objects[:1])])[3].is_positive[0]
+    assert (found.label[0][alone] == 3).any(), "the smaller object took some"
+
+
+def test_fcos_of_an_image_does_not_depend_on_its_batch() -> None:
+    sizes = [(128, 160), (96, 64), (160, 160)]
+    targets = random_targets(3, 128, CLASSES, seed=5)
+    locations, pad_hw = grid(160, 160, 0.5), torch.tensor(sizes)
+    found = assign_fcos(locations, targets, pad_hw, CLASSES)
+    assert found.is_positive.sum() > 20
+    for image in range(3):
+        alone = assign_fcos(locations, images_of(targets, [image]), pad_hw[[image]], CLASSES)
+        for name, value in vars(alone).items():
+            assert torch.equal(value[0], getattr(found, name)[image]), name

@@ -104,6 +104,8 @@ def test_location_grid() -> None:
     assert locations.stride.tolist() == [8.0] * 6 + [16.0] * 2
     assert locations.level.tolist() == [0] * 6 + [1] * 2
     assert locations.level_sizes == (6, 2)
+    middle = location_grid(((2, 3), (1, 2)), (8, 16), torch.device("cpu"), 0.5)
+    assert middle.xy.tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12], [8, 8], [24, 8]]
     boxes = prior_boxes(locations)
     assert boxes[4].tolist() == [8 - 32, 8 - 32, 8 + 32, 8 + 32]
     assert boxes[7].tolist() == [16 - 64, -64, 16 + 64, 64]

@@ -15,7 +15,7 @@ from ldctl.assign import assign
 from ldctl.distill import CWD, KD, LD, PKD, BCKDBox, BinaryKD, CrossKDBox, CrossKDClass, Imitation, Term
 from ldctl.distill.crosskd import align
 from ldctl.losses import LossSpec, normalizer
-from ldctl.models import Detector, GFLHeadSpec, ModelSpec, ResNetSpec
+from ldctl.models import Detector, HeadSpec, ModelSpec, ResNetSpec
 from ldctl.regions import all_region, main_region
 from ldctl.spec import AssistantSpec, DistillationSpec, DistillSpec, TaughtSpec
 from ldctl.step import Learner, Teaching, compare, training_losses
@@ -39,7 +39,7 @@ def detector(seed: int, *, channels: int = 32, num_convs: int = 2, reg_max: int 
     torch.manual_seed(seed)
     spec = ModelSpec(
         backbone=ResNetSpec(depth=18, width=0.125, init="none", norm="frozen"),
-        head=GFLHeadSpec(num_convs=num_convs, reg_max=reg_max),
+        head=HeadSpec(num_convs=num_convs, reg_max=reg_max),
         channels=channels,
     )
     built = Detector(spec, CLASSES)
@@ -245,7 +245,7 @@ class Scene:
         pair = Pair(cut(self.pair.student), cut(self.pair.teacher), cut(self.pair.crossed))
         targets = type(self.targets)(*(value[images] for value in vars(self.targets).values()))
         assigned = assign(pair.student.locations, targets, self.pad_hw[images], CLASSES)
-        norm = normalizer("synced", assigned, main_region(pair.student.cls, assigned, pair.student.locations))
+        norm = normalizer("synced", assigned, main_region(pair.student, assigned))
         return pair, all_region(assigned, pair.student.locations), norm
 
 
@@ -390,7 +390,7 @@ def fault(teacher: ModelSpec | None, student: ModelSpec, *terms: Term, cut: int 
 
 
 def test_cuts_that_fit() -> None:
-    four, two = ModelSpec(), ModelSpec(head=GFLHeadSpec(num_convs=2))
+    four, two = ModelSpec(), ModelSpec(head=HeadSpec(num_convs=2))
     assert DistillationSpec().cut == 3
     for teacher, student in itertools.product((four, two), repeat=2):
         assert fault(teacher, student, *CROSS, cut=2) == ""
@@ -408,7 +408,7 @@ def test_cuts_that_fit() -> None:
 
 
 def test_bins_that_fit() -> None:
-    many, few = ModelSpec(), ModelSpec(head=GFLHeadSpec(reg_max=8))
+    many, few = ModelSpec(), ModelSpec(head=HeadSpec(reg_max=8))
     advice = "and distributions over different bins cannot be compared: pass --set"
     assert fault(many, few, *CROSS, BCKDBox(), BCKDBox(region="vlr"), BinaryKD(), KD()) == ""
     assert fault(many, few, *CROSS, LD()) == (

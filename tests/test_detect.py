@@ -1,5 +1,6 @@
 """From predictions to final boxes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import oracle
@@ -40,8 +41,8 @@ def test_detections_are_the_references(shared: Path, case: str) -> None:
     dense = dense_of(arrays)
     for image, (height, width) in enumerate(arrays["in/img_shapes"].tolist()):
         scale_w, scale_h = arrays["in/scale_factors"][image].tolist()
-        cls, edge = dense.cls[image], dense.edge[image]
-        xyxy, score, label = detect_image(cls, edge, dense.locations, (height, width), (scale_h, scale_w), REFERENCE)
+        score, edge = dense.score[image], dense.edge[image]
+        xyxy, score, label = detect_image(score, edge, dense.locations, (height, width), (scale_h, scale_w), REFERENCE)
         expected = {key: arrays[f"mmdet3/{key}.{image}"] for key in ("boxes", "scores", "labels")}
         assert torch.allclose(score, expected["scores"], rtol=0, atol=1e-5)
         assert torch.equal(label, expected["labels"])
@@ -107,6 +108,19 @@ def test_candidates_are_counted_per_level_and_detections_in_all() -> None:
     assert len(boxes(dense, PostprocessSpec(candidates_per_level=2))) == 4
     assert len(boxes(dense, PostprocessSpec(max_detections=3))) == 3
     assert boxes(dense, PostprocessSpec(candidates_per_level=1, max_detections=1))[0] == [16.0, 0.0, 48.0, 16.0]
+
+
+def test_a_quality_ranks_and_counts_against_the_threshold() -> None:
+    dense = grid(((8, 8),), 1)
+    dense.cls[0, [9, 27, 45], 0] = torch.tensor([3.0, 2.0, 1.0])
+    quality = torch.zeros(1, 64)
+    quality[0, [9, 27, 45]] = torch.tensor([-1.0, 4.0, -4.0])
+    size_hw = torch.tensor([[64, 64]])
+    found = detect(replace(dense, quality=quality), size_hw, size_hw, (0,), REFERENCE)[0]
+    assert found.xyxy[:, :2].tolist() == [[16.0, 16.0], [0.0, 0.0]]
+    expected = [torch.sigmoid(torch.tensor(pair)).prod().item() for pair in ((2.0, 4.0), (3.0, -1.0))]
+    assert found.score.tolist() == pytest.approx(expected)
+    assert len(boxes(dense)) == 3  # the third's class score is high, but not its product: 0.73 * 0.018
 
 
 def test_half_precision_scores_are_ranked_in_float32() -> None:

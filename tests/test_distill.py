@@ -61,7 +61,7 @@ class Scene:
         self.targets, self.pair, self.num_classes = targets, Pair(student, teacher), num_classes
         self.assigned = assign(student.locations, targets, pad_hw, num_classes)
         self.regions = {
-            "main": main_region(student.cls, self.assigned, student.locations),
+            "main": main_region(student, self.assigned),
             "vlr": vlr_region(RegionSpec(), self.assigned, targets, student.locations),
             "all": all_region(self.assigned, student.locations),
         }
@@ -215,6 +215,19 @@ def test_box_distillation_by_hand() -> None:
     assert box_distillation(student, teacher).tolist() == pytest.approx([1 - (4 / 28 - 8 / 36)])
     scores = torch.tensor([[0.5, 0.9, 0.1], [0.2, 0.2, 0.2]]), torch.tensor([[0.6, 0.7, 0.35], [0.2, 0.1, 0.2]])
     assert score_difference(*(score.logit() for score in scores)).tolist() == pytest.approx([0.25, 0.1])
+
+
+def test_box_distillation_between_locations_apart() -> None:
+    """The same box as told from half a stride away."""
+    student, teacher = torch.tensor([[3.0, 2.0, 1.0, 2.0]]), torch.tensor([[3.5, 2.5, 0.5, 1.5]])
+    assert box_distillation(student, teacher, 0.5).item() == pytest.approx(0.0, abs=1e-6)
+    assert box_distillation(teacher, student, -0.5).item() == pytest.approx(0.0, abs=1e-6)
+    assert box_distillation(student, teacher).item() > 0.2
+    scene = Scene.random()
+    dense = scene.pair.student
+    half = replace(dense, cls=scene.pair.teacher.cls, locations=replace(dense.locations, offset=0.5))
+    losses = [term(Pair(dense, half), scene.regions[term.region], scene.norm("synced")) for term in TERMS[6:]]
+    assert all(loss > 0.1 for loss in losses)  # equal distances from there are another box
 
 
 def test_box_distillation_written_out() -> None:

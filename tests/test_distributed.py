@@ -43,7 +43,7 @@ def rank_losses(images: list[int], kind: str, shift: float) -> tuple[dict[str, T
     targets = images_of(random_targets(IMAGES, 128, CLASSES, seed=2), images)
     assigned = assign(grid, targets, torch.full((len(images), 2), 128), CLASSES)
     regions = {
-        "main": main_region(student.cls, assigned, grid),
+        "main": main_region(student, assigned),
         "vlr": vlr_region(RegionSpec(), assigned, targets, grid),
         "all": all_region(assigned, grid),
     }

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ import ldctl
 from ldctl.errors import ExportError, OutputError
 from ldctl.export import OnnxExporter, Parity, Tolerance, check_parity, compare
 from ldctl.export import onnx as onnx_export
-from ldctl.models import Detector, GFLHeadSpec, ModelSpec, PostprocessSpec, ResNetSpec, detect
+from ldctl.models import Detector, HeadSpec, ModelSpec, PostprocessSpec, ResNetSpec, detect
 from ldctl.types import Detections
 
 CLASSES = ("cat", "dog", "übergröße")
@@ -27,10 +28,11 @@ POST = PostprocessSpec()
 TOLERANCE = Tolerance()
 
 
-def make_detector() -> Detector:
+def make_detector(kind: str = "gfl") -> Detector:
     """A small detector with random weights that finds a few dozen objects with scores all over (0, 1)."""
     torch.manual_seed(0)
-    spec = ModelSpec(backbone=ResNetSpec(depth=18, width=0.25, init="none"), head=GFLHeadSpec(num_convs=1), channels=64)
+    head = HeadSpec.model_validate({"kind": kind, "num_convs": 1})
+    spec = ModelSpec(backbone=ResNetSpec(depth=18, width=0.25, init="none"), head=head, channels=64)
     detector = Detector(spec, len(CLASSES))
     with torch.no_grad():
         for module in detector.modules():
@@ -46,6 +48,8 @@ def make_detector() -> Detector:
         detector.head.edge.bias.normal_(0, 0.1)  # equal constants would become one in the file
         for level, scale in enumerate(detector.head.scales):
             scale.fill_(0.8 + 0.1 * level)
+        for parameter in () if detector.head.quality is None else detector.head.quality.parameters():
+            parameter.normal_(0, 0.5)
     return detector
 
 
@@ -134,6 +138,24 @@ def test_equals_the_detector_at_any_size(
     assert parity.num_detections >= 5 or height < 10
     assert parity.max_box_difference_px < 0.002, parity
     assert parity.max_score_difference < 2e-5, parity
+
+
+@pytest.mark.parametrize("kind", get_args(HeadSpec.model_fields["kind"].annotation)[1:])
+def test_every_kind_of_head(kind: str, tmp_path: Path) -> None:
+    detector = make_detector(kind).eval()
+    images = [photo(120, 160), photo(300, 200, seed=1)]
+    model = onnx_export.build(detector, CLASSES, SHORT, LONG, POST, 20)
+    onnx.save(model, tmp_path / "head.onnx")
+    parity = check_parity(tmp_path / "head.onnx", images, [eager(detector, image) for image in images], POST, TOLERANCE)
+    assert parity.num_detections > 20
+    assert parity.num_unmatched == 0
+    assert parity.max_box_difference_px < 0.002
+    assert parity.max_score_difference < 2e-5
+    with torch.no_grad():  # the file's scores must hang on the quality, or the check proves nothing of it
+        for parameter in detector.head.quality.parameters():
+            parameter.mul_(-1)
+    flipped = [eager(detector, image) for image in images]
+    assert not check_parity(tmp_path / "head.onnx", images, flipped, POST, TOLERANCE).is_within(TOLERANCE)
 
 
 def test_equals_the_detector_in_a_batch(detector: Detector, session: onnxruntime.InferenceSession) -> None:

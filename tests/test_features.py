@@ -42,7 +42,7 @@ def scene(num_images: int = 2, seed: int = 0) -> tuple[Pair, Assigned, Targets, 
     pad_hw = torch.full((num_images, 2), SIZE)
     pad_hw[-1, 1] = SIZE // 2  # the right half of the last image is padding
     assigned = assign(pair.student.locations, targets, pad_hw, CLASSES)
-    main = main_region(pair.student.cls, assigned, pair.student.locations)
+    main = main_region(pair.student, assigned)
     return pair, assigned, targets, normalizer("synced", assigned, main)
 
 

@@ -8,11 +8,22 @@ import torch
 from scenes import grid, images_of, random_dense, random_targets, targets_of
 from torch import Tensor
 from torch.testing import assert_close
+from torchvision.ops import sigmoid_focal_loss
 
 from ldctl.assign import assign
 from ldctl.boxes import box_giou, decode_ltrb, expected_distance
-from ldctl.losses import LossSpec, detection_losses, distribution_focal_loss, normalizer, quality_focal_loss
-from ldctl.regions import main_region
+from ldctl.losses import (
+    LossSpec,
+    by_centerness,
+    centerness_losses,
+    detection_losses,
+    distribution_focal_loss,
+    focal_loss,
+    joint_logit,
+    normalizer,
+    quality_focal_loss,
+)
+from ldctl.regions import main_region, select
 from ldctl.types import Assigned, Dense, Targets
 
 CLASSES = 5
@@ -34,7 +45,7 @@ def scene(seed: int = 0, num_images: int = 3) -> tuple[Dense, Targets, Assigned]
 def losses_of(
     dense: Dense, assigned: Assigned, kind: str = "synced", spec: LossSpec | None = None
 ) -> dict[str, Tensor]:
-    main = main_region(dense.cls, assigned, dense.locations)
+    main = main_region(dense, assigned)
     return detection_losses(spec or LossSpec(), dense, assigned, main, normalizer(kind, assigned, main))
 
 
@@ -56,6 +67,100 @@ def test_quality_focal_loss_closed_forms() -> None:
     assert_close(quality_focal_loss(logit, torch.ones_like(p), beta=1.0), -(1 - p) * p.log())
     extreme = quality_focal_loss(torch.tensor([-200.0, 200.0]), torch.tensor([0.0, 0.0]))
     assert extreme.tolist() == [0.0, 200.0]
+
+
+def test_focal_loss_is_torchvisions() -> None:
+    logit = (uniform(40, 6, seed=6) * 30 - 15).requires_grad_()
+    target = (uniform(40, 6, seed=7) > 0.8).double()
+    found, expected = focal_loss(logit, target), sigmoid_focal_loss(logit, target, alpha=0.25, gamma=2.0)
+    assert_close(found, expected)
+    ours, theirs = (torch.autograd.grad(x.sum(), logit)[0] for x in (found, expected))
+    assert_close(ours, theirs)
+    half = torch.tensor([0.0], dtype=torch.float64)
+    assert focal_loss(half, torch.ones_like(half)).item() == pytest.approx(0.25 * 0.25 * math.log(2))
+
+
+def test_centerness_by_hand() -> None:
+    """Locations in a box of 8 by 4 strides: at its centre, beside it, and in a corner's middle."""
+    locations = grid(64, 64)
+    targets = targets_of([[(0.0, 0.0, 64.0, 32.0, 1)]])
+    assigned = assign(locations, targets, torch.tensor([[64, 64]]), CLASSES)
+    assigned = replace(assigned, gt_xyxy=targets.gt_xyxy.expand(1, len(locations.level), 4))
+    mask = torch.zeros(1, len(locations.level), dtype=torch.bool)
+    mask[0, [1 * 8 + 2, 2 * 8 + 2, 2 * 8 + 4]] = True  # (16, 8), (16, 16), (32, 16)
+    main = select(mask, torch.zeros(mask.shape), locations)
+    assert by_centerness(main, assigned, locations).weight.tolist() == pytest.approx([1 / 3, (1 / 3) ** 0.5, 1.0])
+
+
+@pytest.mark.parametrize("kind", ["synced", "reference"])
+def test_losses_with_centerness_written_out(kind: str) -> None:
+    """The three losses as loops over images, locations and classes, in float64; the boxes' GIoU is tested elsewhere."""
+    dense, _, assigned = scene()
+    dense = replace(dense, quality=uniform(*dense.cls.shape[:2], seed=20).float() * 6 - 3)
+    focal = giou = bce = weights = 0.0
+    positives = [0, 0, 0]
+    for image, index in assigned.is_valid.nonzero().tolist():
+        label = assigned.label[image, index].item()
+        if assigned.is_positive[image, index]:
+            stride, xy = dense.locations.stride[index].double(), dense.locations.xy[index].double()
+            ltrb = dense.edge.detach()[image, index].double().softmax(dim=-1) @ BINS * stride
+            gt = assigned.gt_xyxy[image, index].double()
+            left, top, right, bottom = xy[0] - gt[0], xy[1] - gt[1], gt[2] - xy[0], gt[3] - xy[1]
+            central = (min(left, right) / max(left, right) * min(top, bottom) / max(top, bottom)) ** 0.5
+            giou += central * (1 - box_giou(torch.cat((xy - ltrb[:2], xy + ltrb[2:])), gt))
+            p = dense.quality[image, index].double().sigmoid()
+            bce -= central * p.log() + (1 - central) * (1 - p).log()
+            weights += central
+            positives[image] += 1
+        for number, logit in enumerate(dense.cls.detach()[image, index].double()):
+            p = logit.sigmoid()
+            is_object = number == label
+            focal -= 0.25 * (1 - p) ** 2 * p.log() if is_object else 0.75 * p**2 * (1 - p).log()
+    main = by_centerness(main_region(dense, assigned), assigned, dense.locations)
+    norm = normalizer(kind, assigned, main)
+    found = centerness_losses(LossSpec(), dense, assigned, main, norm)
+    num_positive = sum(max(count, 1) for count in positives)
+    assert weights > 1
+    assert found.keys() == {"focal", "giou", "centerness"}
+    assert found["focal"].item() == pytest.approx((focal / num_positive).item(), rel=1e-5)
+    assert found["giou"].item() == pytest.approx((2 * giou / weights).item(), rel=1e-5)
+    assert found["centerness"].item() == pytest.approx((bce / num_positive).item(), rel=1e-5)
+    weighted = centerness_losses(LossSpec(focal=3.0, giou=4.0, centerness=5.0), dense, assigned, main, norm)
+    for name, factor in (("focal", 3.0), ("giou", 2.0), ("centerness", 5.0)):
+        assert_close(weighted[name], factor * found[name])
+
+
+def test_losses_with_centerness_without_positives() -> None:
+    dense = random_dense(grid(64, 64), 2, CLASSES, 0)
+    dense = replace(dense, quality=torch.zeros(2, dense.cls.shape[1], requires_grad=True))
+    assigned = assign(dense.locations, targets_of([[], []]), torch.full((2, 2), 64), CLASSES)
+    main = by_centerness(main_region(dense, assigned), assigned, dense.locations)
+    found = centerness_losses(LossSpec(), dense, assigned, main, normalizer("synced", assigned, main))
+    assert found["giou"].item() == found["centerness"].item() == 0.0
+    sum(found.values()).backward()
+    assert not dense.edge.grad.any()
+    assert not dense.quality.grad.any()
+    assert dense.cls.grad.all()
+
+
+def test_joint_logit_is_the_logit_of_the_product() -> None:
+    cls, quality = (uniform(200, seed=seed) * 30 - 15 for seed in (8, 9))
+    product = cls.sigmoid() * quality.sigmoid()
+    assert_close(joint_logit(cls, quality), (product / (1 - product)).log(), rtol=1e-7, atol=1e-9)
+    assert_close(joint_logit(cls.float(), quality.float()).sigmoid(), product.float(), rtol=1e-5, atol=0)
+    # beyond what a probability in float32 can tell apart from 0 and 1
+    extreme = joint_logit(torch.tensor([-200.0, 200.0, 200.0, 0.0]), torch.tensor([-300.0, 90.0, 200.0, 400.0]))
+    assert_close(extreme, torch.tensor([-500.0, 90.0, 200.0 - math.log(2), 0.0]), rtol=1e-6, atol=1e-6)
+
+
+def test_quality_focal_loss_of_a_product() -> None:
+    cls, quality = uniform(50, 4, seed=10) * 8 - 4, uniform(50, 1, seed=11) * 8 - 4
+    target = uniform(50, 4, seed=12)
+    p = cls.sigmoid() * quality.sigmoid()
+    expected = (target - p).abs() ** 2 * -(target * p.log() + (1 - target) * (1 - p).log())
+    assert_close(quality_focal_loss(joint_logit(cls, quality), target), expected)
+    inputs = (cls[:3].requires_grad_(), quality[:3].requires_grad_())
+    assert torch.autograd.gradcheck(lambda x, y: quality_focal_loss(joint_logit(x, y), target[:3]), inputs)
 
 
 def test_distribution_focal_loss_golden_values() -> None:
@@ -168,13 +273,13 @@ def test_weights_and_leaving_dfl_out() -> None:
 def test_floors_of_the_weight_sum_differ_between_kinds() -> None:
     dense, _, assigned = scene()
     shy = replace(dense, cls=dense.cls.detach() - 12)  # hardly any score: the sum of weights is far below 1
-    main = main_region(shy.cls, assigned, shy.locations)
+    main = main_region(shy, assigned)
     assert 0 < main.weight.sum() < 0.1
     synced, reference = (normalizer(kind, assigned, main) for kind in ("synced", "reference"))
     assert synced.weight_sum.item() == 1.0
     assert reference.weight_sum.item() == pytest.approx(main.weight.sum().item() + 1e-6)
     assert synced.num_positive == reference.num_positive == assigned.is_positive.sum(dim=1).clamp(min=1).sum()
-    main = main_region(dense.cls + 4, assigned, dense.locations)  # above the floor both are the same
+    main = main_region(replace(dense, cls=dense.cls + 4), assigned)  # above the floor both are the same
     synced, reference = (normalizer(kind, assigned, main).weight_sum for kind in ("synced", "reference"))
     assert synced > 10
     assert_close(synced, reference, rtol=1e-6, atol=0)
@@ -184,7 +289,7 @@ def test_an_image_without_objects_counts_one_positive() -> None:
     locations = grid(64, 64)
     targets = targets_of([[], [(8.0, 8.0, 40.0, 40.0, 2)], []])
     assigned = assign(locations, targets, torch.full((3, 2), 64), CLASSES)
-    main = main_region(torch.zeros(3, len(locations.level), CLASSES), assigned, locations)
+    main = main_region(random_dense(locations, 3, CLASSES, 0), assigned)
     assert normalizer("synced", assigned, main).num_positive.item() == 9 + 2
 
 
@@ -225,7 +330,9 @@ def test_order_of_images_does_not_matter() -> None:
         assert_close(again[name], loss, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("spec", [{"qfl": 0.0}, {"giou": -1.0}, {"dfl": -0.1}, {"iou": 1.0}])
+@pytest.mark.parametrize(
+    "spec", [{"qfl": 0.0}, {"focal": 0.0}, {"centerness": 0.0}, {"giou": -1.0}, {"dfl": -0.1}, {"iou": 1.0}]
+)
 def test_faulty_weights_are_refused(spec: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(spec))):
         LossSpec(**spec)

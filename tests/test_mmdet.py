@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldctl.errors import CheckpointError
 from ldctl.mmdet import Inferred, from_mmdet, infer_mmdet, read_mmdet, to_mmdet
-from ldctl.models import Detector, GFLHeadSpec, ModelSpec, ResNetSpec
+from ldctl.models import Detector, HeadSpec, ModelSpec, ResNetSpec
 
 HERE = Path("gfl.pth")
 
@@ -97,7 +97,7 @@ DEPTHS = [(18, False), (34, False), (50, False), (101, False), (50, True), (101,
 def test_names_and_shapes_are_mmdets(shared: Path, depth: int, dcn: bool) -> None:
     with torch.device("meta"):
         detector = Detector(ModelSpec(backbone=ResNetSpec(depth=depth, init="none", dcn=dcn)), 80)
-    theirs = to_mmdet(detector.state_dict())
+    theirs = to_mmdet(detector.state_dict(), "gfl")
     kind = "gfl_dcn" if dcn else "gfl"
     assert {name: list(value.shape) for name, value in theirs.items()} == shapes(shared, depth, kind)
 
@@ -109,7 +109,7 @@ def test_there_and_back_is_the_identity(shared: Path, depth: int, dcn: bool) -> 
     ours = from_mmdet(state, HERE)
     detector = Detector(ModelSpec(backbone=ResNetSpec(depth=depth, init="none", dcn=dcn)), 80)
     detector.load_state_dict(ours)
-    back = to_mmdet(detector.state_dict())
+    back = to_mmdet(detector.state_dict(), "gfl")
     assert back.keys() == state.keys()
     for name, value in state.items():
         assert torch.equal(back[name], value)
@@ -123,13 +123,89 @@ def test_there_and_back_is_the_identity(shared: Path, depth: int, dcn: bool) -> 
 def test_what_shapes_tell(depth: int, num_classes: int, reg_max: int, channels: int, num_convs: int) -> None:
     spec = ModelSpec(
         backbone=ResNetSpec.model_validate({"depth": depth, "init": "none"}),
-        head=GFLHeadSpec(reg_max=reg_max, num_convs=num_convs),
+        head=HeadSpec(reg_max=reg_max, num_convs=num_convs),
         channels=channels,
     )
     ours = Detector(spec, num_classes).state_dict()
-    theirs = to_mmdet(ours)
-    assert infer_mmdet(theirs, HERE) == Inferred(depth, num_classes, reg_max, channels, num_convs, has_dcn=False)
+    theirs = to_mmdet(ours, "gfl")
+    assert infer_mmdet(theirs, HERE) == Inferred("gfl", depth, num_classes, reg_max, channels, num_convs, has_dcn=False)
     assert from_mmdet(theirs, HERE).keys() == ours.keys()
+
+
+def gflv2_shapes(shared: Path) -> dict[str, list[int]]:
+    head: dict[str, list[int]] = json.loads((shared / "oracle/fork_keys_gflv2_head.json").read_text())
+    return {name: shape for name, shape in shapes(shared, 18).items() if not name.startswith("bbox_head.")} | head
+
+
+def test_gflv2_there_and_back(shared: Path) -> None:
+    """The identity but for the background's channel, which is nothing and comes back silent."""
+    layout = gflv2_shapes(shared)
+    state = oracle.weights(layout, 18, "round")
+    ours = from_mmdet(state, HERE)
+    assert infer_mmdet(state, HERE) == Inferred("gflv2", 18, 80, 16, 256, 4, has_dcn=False)
+    detector = Detector(ModelSpec(backbone=ResNetSpec(depth=18, init="none"), head=HeadSpec(kind="gflv2")), 80)
+    detector.load_state_dict(ours)
+    back = to_mmdet(detector.state_dict(), "gflv2")
+    assert {name: list(value.shape) for name, value in back.items()} == layout
+    for name, value in state.items():
+        is_cls = name.startswith("bbox_head.gfl_cls.")
+        assert torch.equal(back[name][:80], value[:80]) if is_cls else torch.equal(back[name], value)
+    assert not back["bbox_head.gfl_cls.weight"][80].any()
+    assert back["bbox_head.gfl_cls.bias"][80].sigmoid() < 1e-8
+    assert all(torch.equal(value, ours[name]) for name, value in from_mmdet(back, HERE).items())
+
+
+def test_gflv2_that_does_not_fit(shared: Path) -> None:
+    state = oracle.weights(gflv2_shapes(shared), 18)
+    del state["bbox_head.reg_conf.2.bias"]
+    state["bbox_head.reg_conf.0.weight"] = torch.zeros(64, 16, 1, 1)
+    assert fault(state) == (
+        "gfl.pth: 2 entries do not fit a GFLv2 detector with ResNet-18: nothing imported\n"
+        "missing: bbox_head.reg_conf.2.bias [1]\n"
+        "shape: bbox_head.reg_conf.0.weight is [64, 16, 1, 1], GFLv2's is [64, 20, 1, 1]"
+    )
+
+
+def centerness_shapes(shared: Path, kind: str, num_bins: int = 17) -> dict[str, list[int]]:
+    """Return the layout of the released LD code's heads with centerness: GFL's but for the names of the outputs."""
+    cls, edge, centerness = LAYERS[kind]
+    renamed = {"bbox_head.gfl_cls": f"bbox_head.{cls}", "bbox_head.gfl_reg": f"bbox_head.{edge}"}
+    layout = {}
+    for name, shape in shapes(shared, 18).items():
+        module, _, part = name.rpartition(".")
+        layout[f"{renamed.get(module, module)}.{part}"] = shape
+    layout[f"bbox_head.{edge}.weight"], layout[f"bbox_head.{edge}.bias"] = [4 * num_bins, 256, 3, 3], [4 * num_bins]
+    layout["bbox_head.integral.project"] = [num_bins]
+    return layout | {f"bbox_head.{centerness}.weight": [1, 256, 3, 3], f"bbox_head.{centerness}.bias": [1]}
+
+
+LAYERS = {
+    "atss": ("atss_cls", "atss_reg", "atss_centerness"),
+    "fcos": ("conv_cls", "conv_reg", "conv_centerness"),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_heads_with_centerness_there_and_back(shared: Path, kind: str) -> None:
+    state = oracle.weights(centerness_shapes(shared, kind), 18, "round")
+    assert infer_mmdet(state, HERE) == Inferred(kind, 18, 80, 16, 256, 4, has_dcn=False)
+    head = HeadSpec.model_validate({"kind": kind})
+    detector = Detector(ModelSpec(backbone=ResNetSpec(depth=18, init="none"), head=head), 80)
+    detector.load_state_dict(from_mmdet(state, HERE))
+    assert torch.equal(detector.head.quality.weight, state[f"bbox_head.{LAYERS[kind][2]}.weight"])
+    back = to_mmdet(detector.state_dict(), kind)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_boxes_without_distributions_are_refused(shared: Path, kind: str) -> None:
+    state = oracle.weights(centerness_shapes(shared, kind, num_bins=1), 18)
+    assert fault(state) == (
+        f"gfl.pth: bbox_head.{LAYERS[kind][1]}.weight has 4 channels: the head predicts boxes without edge "
+        "distributions, which localization distillation is about: import one that has them, or train it: "
+        f"ldctl teacher train --set model.head.kind={kind}"
+    )
 
 
 def test_bins_may_be_left_out_and_halves_become_floats(state: dict[str, Tensor]) -> None:
@@ -170,7 +246,7 @@ def test_no_more_than_twenty_entries_are_listed(state: dict[str, Tensor]) -> Non
 
 def test_a_narrow_backbone_is_one_line() -> None:
     narrow = Detector(ModelSpec(backbone=ResNetSpec(depth=18, width=0.125, init="none"), channels=32), 3)
-    assert fault(to_mmdet(narrow.state_dict())) == (
+    assert fault(to_mmdet(narrow.state_dict(), "gfl")) == (
         "gfl.pth: the backbone has 0.125 times the width of a ResNet-18, as ldctl's narrow students, and cannot be "
         "imported: use the .safetensors that the file was exported from"
     )
@@ -202,10 +278,8 @@ def test_wrapped_detectors(state: dict[str, Tensor], prefix: str) -> None:
 
 def test_other_detectors(shared: Path, state: dict[str, Tensor]) -> None:
     assert fault({"backbone.conv1.weight": torch.zeros(1), "rpn_head.rpn_conv.weight": torch.zeros(1)}) == (
-        "gfl.pth: no bbox_head.gfl_cls.weight: not a GFL detector of mmdet, import one"
-    )
-    assert fault(state | {"bbox_head.reg_conf.0.weight": torch.zeros(64, 20, 1, 1)}) == (
-        "gfl.pth: a GFLv2 head (bbox_head.reg_conf): import a GFL detector"
+        "gfl.pth: no bbox_head.gfl_cls.weight: not a detector of mmdet with a head of GFL, GFLv2, ATSS or FCOS: "
+        "import one"
     )
     second = {name: torch.zeros(shape) for name, shape in shapes(shared, 50, "gfl_dcnv2").items()}
     second["bbox_head.integral.project"] = torch.arange(17.0)

@@ -7,6 +7,7 @@ from urllib.error import URLError
 import oracle
 import pytest
 import torch
+from conftest import Deviations
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torchvision.models import resnet
 
 from ldctl.errors import CheckpointError, MissingError
 from ldctl.mmdet import from_mmdet
-from ldctl.models import Detector, GFLHeadSpec, ModelSpec, ResNetSpec, backbone, initialize
+from ldctl.models import Detector, HeadSpec, ModelSpec, ResNetSpec, backbone, initialize
 
 NARROW = ModelSpec(backbone=ResNetSpec(depth=18, width=0.125, init="none"), channels=32)
 
@@ -63,6 +64,32 @@ def test_forward_is_the_reference(shared: Path, name: str, depth: int, num_class
     edge = torch.cat([level.flatten(2).mT for level in oracle.levels(arrays, "bbox_pred")], dim=1)
     assert relative(dense.cls, cls) < 1e-4
     assert relative(dense.edge, edge.unflatten(-1, (4, 17))) < 1e-4
+
+
+def test_gflv2_head_is_the_reference(shared: Path, deviations: Deviations) -> None:
+    path = shared / "oracle/gflv2_head_forward_20c.safetensors"
+    arrays, notes = oracle.read(path)
+    shapes = json.loads((shared / "oracle/mmdet_keys_r18.json").read_text())["gfl"]
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith("bbox_head.")}
+    shapes |= json.loads((shared / "oracle/fork_keys_gflv2_head.json").read_text())
+    for part in ("weight", "bias"):
+        shapes[f"bbox_head.gfl_cls.{part}"][0] = (
+            20 + 1
+        )  # the reference's last channel is the background: nothing reads it
+    detector = Detector(ModelSpec(backbone=ResNetSpec(depth=18, init="none"), head=HeadSpec(kind="gflv2")), 20)
+    detector.load_state_dict(from_mmdet(oracle.weights(shapes, 18, notes["salt"]), Path("reference.pth")))
+    assert sum(p.numel() for p in detector.head.quality.parameters()) == 1409
+    with torch.no_grad():
+        dense = detector.head(tuple(oracle.levels(arrays, "feat")))
+    cls, score = (
+        torch.cat([level.flatten(2).mT for level in oracle.levels(arrays, key)], dim=1)[..., :20]
+        for key in ("cls_feat", "cls_prob")
+    )
+    edge = torch.cat([level.flatten(2).mT for level in oracle.levels(arrays, "bbox_pred")], dim=1)
+    pairs = {"cls": (dense.cls, cls), "edge": (dense.edge.flatten(2), edge), "score": (dense.score, score)}
+    for name, (found, expected) in pairs.items():
+        deviations.record(f"GFLv2 head: {name}, relative", path.name, relative(found, expected))
+        assert relative(found, expected) < 1e-4
 
 
 @pytest.mark.parametrize(("depth", "pyramid"), [(18, 3_180_544), (34, 3_180_544), (50, 3_868_672), (101, 3_868_672)])
@@ -244,7 +271,7 @@ def test_channels_are_a_multiple_of_the_norms_groups(channels: int) -> None:
 
 
 def test_reg_max_and_num_convs() -> None:
-    spec = NARROW.model_copy(update={"head": GFLHeadSpec(reg_max=8, num_convs=2)})
+    spec = NARROW.model_copy(update={"head": HeadSpec(reg_max=8, num_convs=2)})
     detector = Detector(spec, 3).eval()
     assert detector(torch.zeros(1, 3, 64, 64)).edge.shape[-1] == 9
     assert len(detector.head.cls_tower) == 2

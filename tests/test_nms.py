@@ -131,7 +131,7 @@ def test_detector_uses_it() -> None:
     """The boxes of the brute force in a random scene; those of the other NMS where a single box is left."""
     locations = grid(128, 128)
     dense = random_dense(locations, 1, 3, seed=0)
-    arguments = dense.cls[0].detach(), dense.edge[0].detach(), locations, (128, 128), (1.0, 1.0)
+    arguments = dense.score[0].detach(), dense.edge[0].detach(), locations, (128, 128), (1.0, 1.0)
     xyxy, score, label = detect_image(*arguments, VOTING)
     assert len(xyxy) == 100
     everything = detect_image(*arguments, PostprocessSpec(nms_iou=1.0, max_detections=10_000))

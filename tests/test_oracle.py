@@ -24,6 +24,7 @@ from ldctl.types import Assigned, Dense, Locations, Normalizer, Pair, Targets, W
 TESTS = Path(__file__).parent
 ORACLE = TESTS.parents[1] / "shared" / "oracle"
 GFL = sorted(ORACLE.glob("gfl_loss_cases_*.safetensors"))
+GFLV2 = sorted(ORACLE.glob("gflv2_loss_*.safetensors"))
 LDS = sorted(ORACLE.glob("ld_loss_cases_*.safetensors"))
 STRIDES = (8, 16, 32, 64, 128)
 
@@ -40,8 +41,9 @@ KINDS = {
     "ld_train_step_": (1, "elsewhere"),
     "lr_schedule": (1, "elsewhere"),
     "mmdet_hyperparameters": (1, "later: values to look up, not to compute"),
-    "gflv2_": (2, "later: no GFLv2 head yet"),
-    "fork_keys_gflv2_head": (1, "later: no GFLv2 head yet"),
+    "gflv2_loss_": (1, "here"),
+    "gflv2_head_forward_": (1, "elsewhere"),
+    "fork_keys_gflv2_head": (1, "elsewhere"),
 }
 # Arrays of the loss files that nothing here computes: CIoU, crowds (mmdet takes no notice of them).
 NOT_COVERED = ("loss_bbox_ciou", "gt_bboxes_ignore", "img_shapes")
@@ -121,7 +123,7 @@ class Case:
 
     @cached_property
     def main(self) -> Where:
-        return main_region(self.student.cls, self.assigned, self.locations)
+        return main_region(self.student, self.assigned)
 
     def by_level(self, where: Where) -> Iterator[Where]:
         """Yield the part of a region on each level."""
@@ -211,7 +213,7 @@ def check_imitation(case: Case, fork: str) -> None:
     count = len(pair.student.locations.level)
     fields = ("label", "gt_xyxy", "is_positive", "is_valid")
     assigned = replace(case.assigned, **{name: getattr(case.assigned, name)[:, :count] for name in fields})
-    norm = normalizer("reference", assigned, main_region(pair.student.cls, assigned, pair.student.locations))
+    norm = normalizer("reference", assigned, main_region(pair.student, assigned))
     for name, key in (("finegrained", "finegrained"), ("inside_gt", "fitnet"), ("gi", "gibox")):
         found = Imitation(region=name)(pair, region(name, RegionSpec(), pair, assigned, case.targets), norm).detach()
         expected = case[f"{fork}/loss_im_{key}"]
@@ -260,6 +262,24 @@ def test_gfl_losses(path: Path, deviations: Deviations) -> None:
         total = torch.cat(list(found.values())).sum()
         check_gradients(case, total, "mmdet3/grad_cls_score", "cls_score")
         check_gradients(case, total, "mmdet3/grad_bbox_pred", "bbox_pred")
+    assert case.unused() == []
+
+
+@pytest.mark.parametrize("quality", [3.0, 60.0])
+@pytest.mark.parametrize("path", GFLV2, ids=lambda path: path.stem)
+def test_gflv2_losses(path: Path, quality: float, deviations: Deviations) -> None:
+    """The reference's probabilities as products with a quality; its channel for the background is a class as any."""
+    case = Case(path, deviations)
+    edge, product = case.inputs("bbox_pred"), case.inputs("cls_prob")
+    case.locations = location_grid(tuple((x.shape[2], x.shape[3]) for x in edge), STRIDES, edge[0].device)
+    share = torch.tensor(quality, dtype=torch.float64).sigmoid()
+    cls = [(x / share).logit().float() for x in product]
+    case.student = replace(case.dense(cls, edge, []), quality=torch.full((2, len(case.locations.level)), quality))
+    assert_close(case.student.score, case.dense(product, edge, []).cls, rtol=1e-5, atol=1e-7)
+    case.assigned = assign(case.locations, case.targets, case["in/pad_shapes"], cls[0].shape[1])
+    found = case.detection(normalizer("synced", case.assigned, case.main))
+    for name, key in (("qfl", "loss_cls"), ("giou", "loss_bbox"), ("dfl", "loss_dfl")):
+        check_losses(case, "GFLv2 losses", found[name], f"fork/{key}")
     assert case.unused() == []
 
 
@@ -314,6 +334,6 @@ def test_every_file_of_a_covered_kind_is_compared(shared: Path) -> None:
     others = "".join(path.read_text() for path in TESTS.glob("test_*.py") if path.name != Path(__file__).name)
     for kind, (_, where) in KINDS.items():
         if where == "here":
-            assert {name for name in files if name.startswith(kind)} <= {path.name for path in GFL + LDS}, kind
+            assert {name for name in files if name.startswith(kind)} <= {path.name for path in GFL + GFLV2 + LDS}, kind
         elif where == "elsewhere":
             assert kind in others, f"no test compares with {kind}*"

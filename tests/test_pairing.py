@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from ldctl.assign import assign
 from ldctl.boxes import encode_ltrb
-from ldctl.models import Detector, GFLHeadSpec, ModelSpec, ResNetSpec
+from ldctl.models import Detector, HeadSpec, ModelSpec, ResNetSpec
 from ldctl.pairing import (
     SharedClasses,
     in_teachers_levels,
@@ -25,9 +25,7 @@ HERE = grid(64, 96)
 
 
 def tiny_detector() -> Detector:
-    spec = ModelSpec(
-        backbone=ResNetSpec(depth=18, width=0.125, init="none"), channels=32, head=GFLHeadSpec(num_convs=1)
-    )
+    spec = ModelSpec(backbone=ResNetSpec(depth=18, width=0.125, init="none"), channels=32, head=HeadSpec(num_convs=1))
     return Detector(spec, 2).eval()
 
 
@@ -103,7 +101,7 @@ def test_levels_pair_where_places_and_distances_are_the_same(
     assert torch.equal(pair.teacher.cls, pair.student.cls * scale)
     assert torch.equal(pair.teacher.edge, pair.student.edge)
     found = pair.student.locations
-    assert found is pair.teacher.locations
+    assert torch.equal(found.xy, pair.teacher.locations.xy)
     assert found.level_stride == tuple(STRIDES[level] for level in own)
     assert torch.equal(found.xy, student.cls[0, torch.isin(here.level, torch.tensor(own))])
     assert torch.equal(found.level, torch.arange(4).repeat_interleave(torch.tensor(found.level_sizes)))
@@ -181,3 +179,17 @@ def test_images_that_take_no_part_have_no_location() -> None:
     for name in ("is_positive", "is_valid"):
         assert not getattr(part, name)[0].any()
         assert torch.equal(getattr(part, name)[1], getattr(whole, name)[1])
+
+
+def test_shared_levels_keep_the_quality_and_either_offset() -> None:
+    """What lies half a stride from the student's locations does so on every level; shapes are those of the levels."""
+    student, teacher = random_dense(grid(64, 64), 2, 3, 0), random_dense(grid(128, 128, 0.5), 2, 3, 1)
+    student, teacher = (replace(one, quality=one.cls[..., 0].detach()) for one in (student, teacher))
+    shared = share_levels(Pair(student, teacher), 1)
+    count = len(shared.student.locations.level)
+    assert torch.equal(shared.student.quality, student.quality[:, :count])
+    assert torch.equal(shared.teacher.quality, teacher.quality[:, -count:])
+    found = shared.teacher.locations
+    assert (shared.student.locations.offset, found.offset) == (0.0, 0.5)
+    assert torch.equal(found.xy, teacher.locations.xy[-count:] / 2)  # the teacher sees everything twice as large
+    assert torch.equal(found.xy - shared.student.locations.xy, (found.stride / 2)[:, None].expand(-1, 2))

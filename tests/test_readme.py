@@ -39,7 +39,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_coco(folder / "data" / "coco", coco_document(), "val")
     torch.manual_seed(0)
     full = Detector(ModelSpec(backbone=ResNetSpec(depth=18)), 80)
-    torch.save({"meta": {}, "state_dict": mmdet.to_mmdet(full.state_dict())}, folder / "published.pth")
+    torch.save({"meta": {}, "state_dict": mmdet.to_mmdet(full.state_dict(), "gfl")}, folder / "published.pth")
     model = ModelSpec(backbone=ResNetSpec(depth=18, width=0.125, init="none"), channels=32)
     meta = CheckpointMeta(model=model.model_dump(mode="json"), classes=classes, short_side=64, long_side=96)
     for name in NAMED:

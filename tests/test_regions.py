@@ -122,7 +122,7 @@ def test_rows_levels_and_images() -> None:
     dense = random_dense(locations, 4, CLASSES, 2)
     count = len(locations.level)
     regions = {
-        "main": main_region(dense.cls, assigned, locations),
+        "main": main_region(dense, assigned),
         "vlr": vlr_region(RegionSpec(), assigned, targets, locations),
         "all": all_region(assigned, locations),
     }
@@ -173,7 +173,7 @@ def test_without_objects(kind: str) -> None:
         assigned = assign(locations, targets, torch.full((len(images), 2), 64), CLASSES)
         where = vlr_region(RegionSpec(vlr=kind), assigned, targets, locations)
         assert where.image.unique().tolist() == [1][: len(images) - 1]
-        main = main_region(torch.zeros(len(images), len(locations.level), CLASSES), assigned, locations)
+        main = main_region(random_dense(locations, len(images), CLASSES, 0), assigned)
         assert main.image.unique().tolist() == [1][: len(images) - 1]
 
 

@@ -221,6 +221,18 @@ def test_terms_on_classes_without_a_shared_class_are_refused(
             "pass --set student.head.reg_max=16",
         ),
         (
+            "student.head.kind=fcos",
+            'the teacher has a head "gfl", the student "fcos", whose locations lie half a stride apart, so "ld" would '
+            "compare distances from different places: pass --set student.head.kind=gfl, or compare boxes and classes "
+            """instead: --set 'distill.terms=[{kind="bckd_box"},{kind="binary_kd"}]'""",
+        ),
+        (
+            "assistant.model.head.kind=fcos",
+            'the teacher has a head "gfl", the assistant "fcos", whose locations lie half a stride apart, so "ld" '
+            "would compare distances from different places: pass --set assistant.model.head.kind=gfl, or compare boxes "
+            """and classes instead: --set 'distill.terms=[{kind="bckd_box"},{kind="binary_kd"}]'""",
+        ),
+        (
             'distill={cut=4,terms=[{kind="crosskd_box"}]}',
             "distill.cut is 4, but a head's towers have fewer layers (teacher 4, student 2): "
             "pass --set distill.cut=2, the largest that works",
@@ -233,6 +245,21 @@ def test_heads_that_cannot_be_compared(assignment: str, message: str) -> None:
     with pytest.raises(SpecError) as caught:
         spec.load(DistillSpec, None, {}, [*heads, assignment])
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [
+        ["student.head.kind=atss"],
+        ["student.head.kind=gflv2"],
+        ["teacher.model.head.kind=fcos", "student.head.kind=fcos"],
+        ["student.head.kind=fcos", 'distill.terms=[{kind="bckd_box"},{kind="binary_kd"}]'],
+        ["student.head.kind=fcos", 'distill.terms=[{kind="crosskd_box"},{kind="crosskd_cls"}]'],
+    ],
+)
+def test_heads_of_different_kinds_that_can_be_compared(assignments: list[str]) -> None:
+    found = spec.load(DistillSpec, None, {}, ["teacher.model.backbone.depth=50", *assignments])
+    assert found.fault_of_heads(found.teacher.model) is None
 
 
 def test_a_teacher_comes_from_somewhere() -> None:

@@ -10,6 +10,7 @@ import time
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import oracle
 import pytest
@@ -28,7 +29,7 @@ from ldctl.errors import Interrupted, OutputError, Terminated, TrainingError
 from ldctl.losses import LossSpec
 from ldctl.metrics import Metrics, evaluate
 from ldctl.mmdet import from_mmdet
-from ldctl.models import Detector, ModelSpec, ResNetSpec
+from ldctl.models import Detector, HeadSpec, ModelSpec, ResNetSpec
 from ldctl.optim import OptimSpec, build_optimizer, set_lr
 from ldctl.spec import DistillationSpec, TaughtSpec
 from ldctl.step import Learner, Teaching, gradient_shares, split, training_losses
@@ -612,11 +613,16 @@ def test_torchrun(tmp_path: Path) -> None:
 # --- does it learn --------------------------------------------------------------------------------------------------
 
 
-def test_overfits_a_handful_of_images(tmp_path: Path) -> None:
+HEADS = get_args(HeadSpec.model_fields["kind"].annotation)
+
+
+@pytest.mark.parametrize("head", ["gfl", *(pytest.param(kind, marks=pytest.mark.slow) for kind in HEADS[1:])])
+def test_overfits_a_handful_of_images(tmp_path: Path, head: str) -> None:
     """Four images, nine objects of at least 19 px: smaller ones, next to larger ones, take far more steps."""
+    backbone = {"depth": 18, "width": 0.25, "init": "none"}
     spec = runs.plain_spec(
         tmp_path / "run",
-        model={"channels": 64, "backbone": {"depth": 18, "width": 0.25, "init": "none"}, "head": {"num_convs": 1}},
+        model={"channels": 64, "backbone": backbone, "head": {"kind": head, "num_convs": 1}},
         data__synthetic={"train": 4, "val": 1, "size": 64, "seed": 1995},
         data__flip=0.0,
         train__epochs=100,

@@ -167,10 +167,10 @@ def lesson_of(job: Job, batch: Batch) -> Lesson:
     assert batch.is_labelled is not None
     images = job.detector.normalize(batch.images, batch.size_hw)
     pair = Pair(job.detector(images), job.teaching.teacher(images))
-    assigned = assign_labelled(pair.student.locations, batch, 4)
-    main = main_region(pair.student.cls, assigned, pair.student.locations)
+    assigned = assign_labelled(job.detector, pair.student.locations, batch)
+    main = main_region(pair.student, assigned)
     lesson = Lesson(pair, batch.targets, assigned, main, normalizer("synced", assigned, main))
-    return with_pseudo_objects(lesson, job.teaching, batch, batch.is_labelled, parts=1)
+    return with_pseudo_objects(lesson, job.detector, job.teaching, batch, batch.is_labelled, parts=1)
 
 
 def half_labelled(batch: Batch) -> Batch:

@@ -235,7 +235,7 @@ def binary_distillation(
 class BCKDBox(Spec):
     """Box distillation of BCKD: the student's boxes imitate the teacher's where their scores differ.
 
-    Compares decoded boxes, so student and teacher may have different bins.
+    Compares decoded boxes, so student and teacher may have different bins and different locations.
 
     Attributes:
         region: `"all"` valid locations, `"main"` (positives) or `"vlr"`; a location counts by how much its scores
@@ -268,15 +268,25 @@ class BCKDBox(Spec):
         difference = score_difference(
             pair.student.cls.flatten(0, 1)[where.row].float(), pair.teacher.cls.flatten(0, 1)[where.row].float()
         )
-        per_row = box_distillation(student, teacher) * difference * (where.weight > 0)
+        shift = pair.teacher.locations.offset - pair.student.locations.offset
+        per_row = box_distillation(student, teacher, shift) * difference * (where.weight > 0)
         return self.weight * per_row.sum() / norm.num_positive
 
 
-def box_distillation(student_ltrb: Float[Tensor, "N 4"], teacher_ltrb: Float[Tensor, "N 4"]) -> Float[Tensor, " N"]:
-    """Return `1 - GIoU` of the two boxes at each location, in [0, 2]; the teacher gets no gradient."""
+def box_distillation(
+    student_ltrb: Float[Tensor, "N 4"], teacher_ltrb: Float[Tensor, "N 4"], shift: float = 0.0
+) -> Float[Tensor, " N"]:
+    """Return `1 - GIoU` of the two boxes at each location, in [0, 2]; the teacher gets no gradient.
+
+    Args:
+        student_ltrb: Stride units.
+        teacher_ltrb: Stride units.
+        shift: From the student's location to the teacher's, right and down, in strides.
+    """
     # the location itself cancels out
     origin, one = student_ltrb.new_zeros(len(student_ltrb), 2), student_ltrb.new_ones(len(student_ltrb))
-    return 1 - box_giou(decode_ltrb(origin, student_ltrb, one), decode_ltrb(origin, teacher_ltrb.detach(), one))
+    teacher_xyxy = decode_ltrb(origin + shift, teacher_ltrb.detach(), one)
+    return 1 - box_giou(decode_ltrb(origin, student_ltrb, one), teacher_xyxy)
 
 
 @torch.no_grad()

@@ -145,7 +145,7 @@ class _Network(nn.Module):
         count, num_classes = self.postprocess.candidates_per_level, self.detector.num_classes
         start = 0
         sizes = dense.locations.level_sizes
-        for size, of_level in zip(sizes, torch.split(dense.cls.float().sigmoid(), list(sizes), dim=1), strict=True):
+        for size, of_level in zip(sizes, torch.split(dense.score, list(sizes), dim=1), strict=True):
             best = pad(of_level.flatten(1), (0, count)).topk(count)
             rows.append((best.indices // num_classes).clamp(max=size - 1) + start)
             scores.append(best.values)

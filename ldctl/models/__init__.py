@@ -9,12 +9,12 @@ from ldctl.models.detector import (
     detect_image,
     initialize,
 )
-from ldctl.models.heads import GFLHead, GFLHeadSpec
+from ldctl.models.heads import DenseHead, HeadSpec
 
 __all__ = [
+    "DenseHead",
     "Detector",
-    "GFLHead",
-    "GFLHeadSpec",
+    "HeadSpec",
     "ModelSpec",
     "PostprocessSpec",
     "ResNet",

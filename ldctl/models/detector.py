@@ -11,7 +11,7 @@ from torchvision.ops import batched_nms
 from ldctl.boxes import decode_ltrb, expected_distance
 from ldctl.models.backbone import ResNet, ResNetSpec, initialize_backbone
 from ldctl.models.fpn import FPN
-from ldctl.models.heads import NORM_GROUPS, GFLHead, GFLHeadSpec
+from ldctl.models.heads import NORM_GROUPS, DenseHead, HeadSpec
 from ldctl.models.nms import voting_cluster_diou_nms
 from ldctl.schema import Spec
 from ldctl.types import Dense, Detections, Locations
@@ -32,7 +32,7 @@ class ModelSpec(Spec):
     """
 
     backbone: ResNetSpec = ResNetSpec()
-    head: GFLHeadSpec = GFLHeadSpec()
+    head: HeadSpec = HeadSpec()
     channels: int = Field(default=256, ge=NORM_GROUPS, multiple_of=NORM_GROUPS)
 
 
@@ -40,7 +40,7 @@ class PostprocessSpec(Spec):
     """From predictions to final boxes.
 
     Attributes:
-        score_threshold: A class of a location counts above this score only.
+        score_threshold: A class of a location counts above this score only; see `Dense.score`.
         nms: `"class"` suppresses by IoU. `"voting_cluster_diou"` suppresses by IoU less a penalty for distant centres,
             and lets a box be moved by close ones of lower scores (see `nms.py`); not for export.
         nms_iou: Of two boxes of one class that overlap more than this, the better stays.
@@ -72,8 +72,8 @@ class Detector(nn.Module):
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
         self.backbone = ResNet(spec.backbone)
-        self.fpn = FPN(self.backbone.out_channels, spec.channels)
-        self.head = GFLHead(spec.head, spec.channels, num_classes, STRIDES)
+        self.fpn = FPN(self.backbone.out_channels, spec.channels, has_relu=spec.head.kind == "fcos")
+        self.head = DenseHead(spec.head, spec.channels, num_classes, STRIDES)
 
     def normalize(self, images: UInt8[Tensor, "B 3 H W"], size_hw: Int[Tensor, "B 2"]) -> Float[Tensor, "B 3 H W"]:
         """Subtract the mean, divide by the standard deviation, and set what lies beyond an image's own size to zero."""
@@ -123,16 +123,16 @@ def detect(
         spec: Thresholds.
     """
     sizes, originals = batch_size_hw.tolist(), original_hw.tolist()  # synchronizes, as everything about boxes does
-    results = []
+    scores, results = dense.score, []
     for image, (identity, size, original) in enumerate(zip(image_id, sizes, originals, strict=True)):
         scale_hw = (size[0] / original[0], size[1] / original[1])
-        found = detect_image(dense.cls[image], dense.edge[image], dense.locations, (size[0], size[1]), scale_hw, spec)
+        found = detect_image(scores[image], dense.edge[image], dense.locations, (size[0], size[1]), scale_hw, spec)
         results.append(Detections(image_id=identity, xyxy=found[0], score=found[1], label=found[2]))
     return results
 
 
 def detect_image(
-    cls: Float[Tensor, "A C"],
+    score: Float[Tensor, "A C"],
     edge: Float[Tensor, "A 4 R"],
     locations: Locations,
     size_hw: tuple[int, int],
@@ -142,16 +142,17 @@ def detect_image(
     """Return boxes (`xyxy`, pixels of the stored image), scores and labels of one image, best first.
 
     Args:
-        cls: Class logits.
+        score: Of each class; see `Dense.score`.
         edge: Logits of the edge distributions.
         locations: Where the rows sit.
         size_hw: Size of the image in the network input; boxes are clipped to it.
         scale_hw: Pixels of the network input per pixel of the stored image.
         spec: Thresholds.
 
-    Source: mmdet 3, which ranks pairs of location and class (not locations), and drops boxes without extent.
+    Source: mmdet 3, which ranks pairs of location and class (not locations), and drops boxes without extent. Differs
+    from it: the score of heads that tell centerness is multiplied with it before candidates are chosen, not after.
     """
-    row, score, label = _candidates(cls.float().sigmoid(), locations.level_sizes, spec)
+    row, score, label = _candidates(score, locations.level_sizes, spec)
     ltrb = expected_distance(edge[row])
     xyxy = decode_ltrb(locations.xy[row], ltrb, locations.stride[row])
     limit_wh = xyxy.new_tensor((size_hw[1], size_hw[0])).repeat(2)

@@ -2,19 +2,27 @@
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, relu
 
 NUM_LEVELS = 5
 
 
 class FPN(nn.Module):
-    """Five maps of equal channels from three; no norm, no activation, not even between the two coarsest.
+    """Five maps of equal channels from three; no norm, and no activation but the one that may be asked for.
 
     Source: FPN (CVPR 2017, arXiv:1612.03144); levels on top as in ATSS and GFL ("on_output").
     """
 
-    def __init__(self, in_channels: tuple[int, ...], channels: int) -> None:
+    def __init__(self, in_channels: tuple[int, ...], channels: int, *, has_relu: bool = False) -> None:
+        """Draw random weights.
+
+        Args:
+            in_channels: Of the three maps.
+            channels: Of each output.
+            has_relu: Put an activation between the two coarsest, as FCOS does.
+        """
         super().__init__()
+        self.has_relu = has_relu
         self.lateral = nn.ModuleList(nn.Conv2d(inputs, channels, kernel_size=1) for inputs in in_channels)
         self.output = nn.ModuleList(
             nn.Conv2d(channels, channels, kernel_size=3, padding=1, stride=1 if level < len(in_channels) else 2)
@@ -30,7 +38,8 @@ class FPN(nn.Module):
         for finer in range(len(merged) - 2, -1, -1):
             size = merged[finer].shape[-2:]
             merged[finer] = merged[finer] + interpolate(merged[finer + 1], size=size, mode="nearest")
-        outputs: list[Tensor] = []
-        for level, conv in enumerate(self.output):
-            outputs.append(conv(merged[level] if level < len(merged) else outputs[-1]))
+        *direct, coarser, coarsest = self.output
+        outputs = [conv(feature) for conv, feature in zip(direct, merged, strict=True)]
+        outputs.append(coarser(outputs[-1]))
+        outputs.append(coarsest(relu(outputs[-1]) if self.has_relu else outputs[-1]))
         return tuple(outputs)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ldctl.boxes import location_grid
@@ -16,19 +16,42 @@ from ldctl.types import Dense, TowerMaps
 NORM_GROUPS = 32  # Source: GFL and ATSS configurations
 CONV_STD = 0.01  # Source: RetinaNet (ICCV 2017, arXiv:1708.02002), 4.1
 PRIOR = 0.01  # class probability at the start. Source: as above
+NUM_TOP = 4  # bins of each edge that tell the quality of a box. Source: GFLv2 (CVPR 2021, arXiv:2011.12885), 3.2
+QUALITY_CHANNELS = 64  # Source: as above
 
 
-class GFLHeadSpec(Spec):
-    """The head of Generalized Focal Loss.
+class HeadSpec(Spec):
+    """A dense head with edge distributions.
 
     Attributes:
+        kind: `"gfl"`: the class logits tell the quality of the box too. `"gflv2"`: the shape of the edge distributions
+            tells the quality, which multiplies the scores. `"atss"`: so does a branch that tells how central the
+            location is in its object. `"fcos"`: likewise, with locations at the centres of their cells, another rule
+            which of them answer for an object, and one activation more in the pyramid. The originals of these two have
+            no edge distributions.
         reg_max: Largest bin of an edge distribution, strides; longer edges cannot be told.
         num_convs: Layers of each tower.
     """
 
-    kind: Literal["gfl"] = "gfl"
+    kind: Literal["gfl", "gflv2", "atss", "fcos"] = "gfl"
     reg_max: int = Field(default=16, ge=1, le=64)
     num_convs: int = Field(default=4, ge=1, le=8)
+
+    @property
+    def has_centerness(self) -> bool:
+        """Return whether the quality of a location is how central it is in its object."""
+        return self.kind in ("atss", "fcos")
+
+    @property
+    def location_offset(self) -> float:
+        """Return how far locations lie from the corners of their cells, in strides."""
+        return 0.5 if self.kind == "fcos" else 0.0
+
+    @model_validator(mode="after")
+    def _check_bins(self) -> "HeadSpec":
+        if self.kind == "gflv2" and self.reg_max + 1 < NUM_TOP:
+            raise ValueError(f'"gflv2" reads the {NUM_TOP} highest bins of each edge: reg_max {NUM_TOP - 1} or more')
+        return self
 
 
 class TowerLayer(nn.Module):
@@ -75,21 +98,54 @@ class Tower(nn.ModuleList):
         return feature
 
 
-class GFLHead(nn.Module):
+def quality_branch(spec: HeadSpec, channels: int) -> nn.Module | None:
+    """Return what makes the quality of a location out of its `distribution_shape`, or of the tower of the edges.
+
+    Source: GFLv2 (CVPR 2021, arXiv:2011.12885), DGQP; FCOS (ICCV 2019, arXiv:1904.01355), centerness, which its later
+    code and ATSS's read from the tower of the edges.
+    """
+    if spec.has_centerness:
+        return nn.Conv2d(channels, 1, kernel_size=3, padding=1)
+    if spec.kind == "gfl":
+        return None
+    return nn.Sequential(
+        nn.Conv2d(4 * (NUM_TOP + 1), QUALITY_CHANNELS, kernel_size=1),
+        nn.ReLU(),
+        nn.Conv2d(QUALITY_CHANNELS, 1, kernel_size=1),
+    )
+
+
+def distribution_shape(edge: Float[Tensor, "B _ H W"], num_bins: int) -> Float[Tensor, "B _ H W"]:
+    """Return the highest probabilities of each edge's distribution, descending, and their mean, edge by edge.
+
+    A sharp distribution is a sure one, wherever it lies.
+
+    Args:
+        edge: Logits, edges in the order left, top, right, bottom.
+        num_bins: Of each edge.
+    """
+    top = edge.reshape(edge.shape[0], 4, num_bins, *edge.shape[2:]).softmax(dim=2).topk(NUM_TOP, dim=2).values
+    return torch.cat((top, top.mean(dim=2, keepdim=True)), dim=2).flatten(1, 2)
+
+
+class DenseHead(nn.Module):
     """Two towers shared by all levels, and a learned scale per level: an inverse temperature of the edges.
 
-    Source: GFL (NeurIPS 2020, arXiv:2006.04388).
+    Source: GFL (NeurIPS 2020, arXiv:2006.04388); the other kinds differ in the quality and the locations alone.
     """
 
-    def __init__(self, spec: GFLHeadSpec, channels: int, num_classes: int, strides: tuple[int, ...]) -> None:
+    def __init__(self, spec: HeadSpec, channels: int, num_classes: int, strides: tuple[int, ...]) -> None:
         super().__init__()
         self.strides = strides
+        self.location_offset = spec.location_offset
         self.num_bins = spec.reg_max + 1
         self.cls_tower = Tower(channels, spec.num_convs)
         self.edge_tower = Tower(channels, spec.num_convs)
         self.cls = nn.Conv2d(channels, num_classes, kernel_size=3, padding=1)
         self.edge = nn.Conv2d(channels, 4 * self.num_bins, kernel_size=3, padding=1)
         self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in strides)
+        self.has_centerness = spec.has_centerness
+        self.quality = quality_branch(spec, channels)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=CONV_STD)
@@ -112,18 +168,23 @@ class GFLHead(nn.Module):
             cut: Where they come from; see `Tower`.
             features: What the result says that the head read.
         """
-        cls, edge = [], []
+        cls, edge, quality = [], [], []
         for inner_cls, inner_edge, scale in zip(towers.cls, towers.edge, self.scales, strict=True):
             cls_map = self.cls(self.cls_tower.after(inner_cls, cut))
+            edge_feature = self.edge_tower.after(inner_edge, cut)
             # distributions need float32, also under AMP
-            edge_map = self.edge(self.edge_tower.after(inner_edge, cut)).float() * scale
+            edge_map = self.edge(edge_feature).float() * scale
             cls.append(cls_map.permute(0, 2, 3, 1).flatten(1, 2))
             edge.append(edge_map.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, (4, self.num_bins)))
+            if self.quality is not None:
+                read = edge_feature if self.has_centerness else distribution_shape(edge_map, self.num_bins)
+                quality.append(self.quality(read).flatten(1))
         sizes_hw = tuple((inner.shape[-2], inner.shape[-1]) for inner in towers.cls)
         return Dense(
             cls=torch.cat(cls, dim=1),
             edge=torch.cat(edge, dim=1),
             features=features,
             towers=towers,
-            locations=location_grid(sizes_hw, self.strides, towers.cls[0].device),
+            locations=location_grid(sizes_hw, self.strides, towers.cls[0].device, self.location_offset),
+            quality=torch.cat(quality, dim=1) if quality else None,
         )

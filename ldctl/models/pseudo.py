@@ -28,7 +28,7 @@ def pseudo_objects(
         Boxes in pixels of the detector's input; no objects in images that were not to be looked at.
     """
     num_images, num_classes = dense.cls.shape[0], dense.cls.shape[-1]
-    score, place = best_pairs(dense.cls.float().sigmoid(), dense.locations.level_sizes, spec.candidates_per_level)
+    score, place = best_pairs(dense.score, dense.locations.level_sizes, spec.candidates_per_level)
     image, column = ((score > spec.score_threshold) & is_wanted[:, None]).nonzero(as_tuple=True)  # synchronises
     score, place = score[image, column], place[image, column]
     row, label = place // num_classes, place % num_classes
