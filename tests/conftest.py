@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 # A forked process hangs in its first parallel loop when its parent had threads; one thread also sums in one order.
 torch.set_num_threads(1)
-# A shell's background job starts with Ctrl-C ignored; the tests send it.
+# A shell's background job starts with Ctrl-C ignored, and nohup ignores hanging up; the tests send both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @dataclass

@@ -467,7 +467,7 @@ def test_student_checkpoint_is_that_of_a_plain_detector(whole: Path, teacher: Pa
         assert found.meta.teacher_sha256 == checkpoint.sha256(teacher)
         assert found.meta.classes == ("disc", "box", "triangle", "cross")
     assert sorted(path.name for path in whole.iterdir()) == [
-        "best.safetensors", "last.safetensors", "metrics.jsonl", "spec.toml", "state.safetensors",
+        ".lock", "best.safetensors", "last.safetensors", "metrics.jsonl", "spec.toml", "state.safetensors",
     ]  # fmt: skip
 
 
@@ -497,7 +497,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         "binary_kd/all 2): start anew with a lower train.optim.lr or with train.optim.clip_norm set; "
         "what was saved before is intact"
     )
-    assert set(saved) == {"best.safetensors", "last.safetensors", "metrics.jsonl", "spec.toml", "state.safetensors"}
+    assert set(saved) == {
+        ".lock", "best.safetensors", "last.safetensors", "metrics.jsonl", "spec.toml", "state.safetensors",
+    }  # fmt: skip
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == saved
     assert checkpoint.load_state(tmp_path / "run/state.safetensors").values["step"] == 3
 
