@@ -308,8 +308,8 @@ def make_job(
     """
     torch.manual_seed(spec.train.seed)
     detector = Detector(model, len(setting.train_set.classes))
-    if not (folder / STATE_FILE).exists():
-        initialize(detector)
+    if not (folder / STATE_FILE).exists() and (said := initialize(detector)):
+        note(said)
 
     def meta(metrics: dict[str, float]) -> CheckpointMeta:
         return CheckpointMeta(

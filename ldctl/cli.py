@@ -34,18 +34,8 @@ teacher_app = typer.Typer(
 app.add_typer(teacher_app, name="teacher")
 
 
-class Backbone(StrEnum):
-    """Short names of the backbones."""
-
-    R18 = "r18"
-    R34 = "r34"
-    R50 = "r50"
-    R101 = "r101"
-
-    @property
-    def depth(self) -> int:
-        """Return the number of layers."""
-        return int(self.value[1:])
+DEPTHS = {"r18": 18, "r34": 34, "r50": 50, "r101": 101}  # short names of the ResNets, as in the papers
+BACKBONES = "r18, r34, r50, r101, a network of torchvision, or timm:NAME"
 
 
 class ExportFormat(StrEnum):
@@ -116,7 +106,7 @@ def _root(
 @teacher_app.command("train")
 def teacher_train(
     model: Annotated[
-        Backbone | None, typer.Option("--model", "-m", help="Backbone. [default: r50]", show_default=False)
+        str | None, typer.Option("--model", "-m", help=f"Backbone: {BACKBONES}. [default: r50]", show_default=False)
     ] = None,
     preset: Preset = None,
     data: Data = None,
@@ -139,7 +129,7 @@ def teacher_train(
 
     flags = _given(
         {
-            "model.backbone.depth": model.depth if model else None,
+            **_backbone("model", model),
             "model.backbone.init": init,
             "data.path": data,
             "output": output,
@@ -183,10 +173,10 @@ def distill(
         Path | None, typer.Option("--teacher", "-t", help="Checkpoint of the teacher.", show_default=False)
     ] = None,
     student: Annotated[
-        Backbone | None, typer.Option("--student", help="Backbone. [default: r50]", show_default=False)
+        str | None, typer.Option("--student", help=f"Backbone: {BACKBONES}. [default: r50]", show_default=False)
     ] = None,
     assistant: Annotated[
-        Backbone | None,
+        str | None,
         typer.Option(
             "--assistant", help="Backbone of a detector between the two, distilled first.", show_default=False
         ),
@@ -218,9 +208,9 @@ def distill(
     flags = _given(
         {
             "teacher.path": str(teacher) if teacher else None,
-            "assistant.model.backbone.depth": assistant.depth if assistant else None,
+            **_backbone("assistant.model", assistant),
             "assistant.model.backbone.init": init if assistant else None,
-            "student.backbone.depth": student.depth if student else None,
+            **_backbone("student", student),
             "student.backbone.init": init,
             "data.path": data,
             "output": output,
@@ -295,6 +285,16 @@ def export(
 
     spec = engine.export_spec(checkpoint, _given({"data.path": data, "images": images}), assignments or [])
     typer.echo(engine.export(spec, output))
+
+
+def _backbone(section: str, name: str | None) -> dict[str, object]:
+    """Return what an option says of a backbone: a ResNet's depth, or another network in the place of the preset's."""
+    if name is None:
+        return {}
+    if name in DEPTHS:
+        return {f"{section}.backbone.depth": DEPTHS[name]}
+    kind = "timm" if name.startswith("timm:") else "torchvision"
+    return {f"{section}.backbone": {"kind": kind, "name": name.removeprefix("timm:")}}
 
 
 def _given(flags: dict[str, object]) -> dict[str, object]:

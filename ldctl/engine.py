@@ -31,7 +31,7 @@ from ldctl.checkpoint import CheckpointMeta
 from ldctl.data import DataSpec, in_class_order, open_dataset
 from ldctl.data.check import inspect
 from ldctl.data.synthetic import SyntheticSpec
-from ldctl.errors import DataError, OutputError, SpecError
+from ldctl.errors import DataError, ExportError, OutputError, SpecError
 from ldctl.export import OnnxExporter
 from ldctl.metrics import Metrics, metrics_table, per_class_table, read_coco_results, to_coco_results
 from ldctl.metrics import evaluate as evaluate_detections
@@ -109,7 +109,7 @@ def _name(preset: str | None) -> str | None:
 
 
 def _short(model: ModelSpec) -> str:
-    return f"r{model.backbone.depth}"
+    return model.backbone.short
 
 
 def _saved_spec(flags: Mapping[str, object], resume: bool) -> str | None:
@@ -401,12 +401,17 @@ def export(spec: ExportSpec, target: Path | None) -> str:
 
     Raises:
         OutputError: The target exists or cannot be written.
-        ExportError: The file does not give the detector's boxes.
+        ExportError: The backbone cannot be exported, or the file does not give the detector's boxes.
     """
     source = Path(spec.checkpoint)
     target = target or source.with_suffix(".onnx")
     checkpoint.check_new(target)
     detector, meta = load_detector(source)
+    if detector.backbone.export_fault:
+        raise ExportError(
+            f"{source}: {detector.backbone.title} cannot be exported to ONNX ({detector.backbone.export_fault}): "
+            "distil a student with a convolutional backbone from it, and export that"
+        )
     dataset = images_to_check(spec)
     dataset = replace(dataset, samples=dataset.samples[: spec.images])
     found = predict(

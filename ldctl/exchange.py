@@ -12,6 +12,7 @@ from ldctl.checkpoint import CheckpointMeta
 from ldctl.data.names import COCO_CLASSES, VOC_CLASSES
 from ldctl.errors import CheckpointError, SpecError
 from ldctl.models.detector import Detector, ModelSpec
+from ldctl.models.resnet import ResNetSpec
 from ldctl.trainer import shapes
 
 
@@ -50,9 +51,10 @@ def import_teacher(source: Path, target: Path, classes: str | None) -> str:
     checkpoint.fit(tensors, shapes(Detector(model, found.num_classes)), source)
     meta = CheckpointMeta(model=model.model_dump(mode="json"), classes=names, short_side=800, long_side=1333)
     checkpoint.save(target, tensors, meta)
+    resnet = f"ResNet-{found.depth}{'-DCN' * found.has_dcn}"
     return (
-        f"{target}: {mmdet.NAMES[found.kind]} with ResNet-{found.depth}, {found.num_classes} classes, "
-        f"reg_max {found.reg_max}, {found.channels} channels; {len(state)} entries read, none left over"
+        f"{target}: {mmdet.NAMES[found.kind]} with {resnet}, {found.num_classes} classes, reg_max {found.reg_max}, "
+        f"{found.channels} channels; {len(state)} entries read, none left over"
     )
 
 
@@ -89,10 +91,16 @@ def export_mmdet(source: Path, target: Path | None) -> str:
 
     Raises:
         OutputError: The target exists or cannot be written.
+        CheckpointError: The detector's backbone is no ResNet.
     """
     target = target or source.with_suffix(".pth")
     checkpoint.check_new(target)
     detector, _ = load_detector(source)
+    if not isinstance(detector.spec.backbone, ResNetSpec):
+        raise CheckpointError(
+            f"{source}: the backbone is {detector.backbone.title}, and mmdet's files are written for ResNets only: "
+            "use --to onnx"
+        )
     state = mmdet.to_mmdet(detector.state_dict(), detector.spec.head.kind)
     packed = io.BytesIO()
     torch.save({"meta": {}, "state_dict": state}, packed)

@@ -134,9 +134,8 @@ def training_losses(
         bf16: Run both networks, but nothing of the losses, in bfloat16.
     """
     autocast = torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16)
-    images = detector.normalize(batch.images, batch.size_hw)
     with autocast:
-        dense = learner(images)
+        dense = learner(detector.normalize(batch.images, batch.size_hw))
     assigned = assign_labelled(detector, dense.locations, batch)
     main = main_region(dense, assigned)  # synchronises: number of positives
     has_centerness = detector.spec.head.has_centerness
@@ -150,7 +149,7 @@ def training_losses(
         return named
 
     with autocast:
-        pair = compare(teaching, seen_by_teacher(teaching, batch, images), dense)
+        pair = compare(teaching, seen_by_teacher(teaching, batch), dense)
     lesson = Lesson(pair, batch.targets, assigned, main, norm)
     lesson = made_comparable(lesson, detector, teaching, batch, parts=parts)
     where: dict[str, Where] = {"main": lesson.main}
@@ -161,11 +160,10 @@ def training_losses(
     return named | {term.name: term(pair, where[term.region], lesson.norm) for term in teaching.spec.terms}
 
 
-def seen_by_teacher(teaching: Teaching, batch: Batch, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 h w"]:
-    """Return what the student saw, or the same views at the teacher's scale; the input statistics are the same."""
-    if batch.for_teacher is None:
-        return images
-    return teaching.teacher.normalize(batch.for_teacher.images, batch.for_teacher.size_hw)
+def seen_by_teacher(teaching: Teaching, batch: Batch) -> Float[Tensor, "B 3 h w"]:
+    """Return the student's views at the teacher's scale, normalized as the teacher's own backbone expects."""
+    seen = batch.for_teacher or batch
+    return teaching.teacher.normalize(seen.images, seen.size_hw)
 
 
 def compare(teaching: Teaching, images: Float[Tensor, "B 3 H W"], student: Dense) -> Pair:

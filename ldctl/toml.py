@@ -216,11 +216,15 @@ def _kinds(model: type[BaseModel], key: str) -> tuple[object, ...]:
 
 
 def _model(schema: object, value: object) -> type[BaseModel] | None:
-    """Return the model that a table has to satisfy, None where that is not known."""
+    """Return the model that a table has to satisfy, None where that is not known.
+
+    A table that does not say its kind is of the default's, where there is one.
+    """
     models, key = _models(schema), _members(schema)[1]
     if len(models) == 1:
         return models[0]
-    kind = value.get(key) if key and isinstance(value, dict) else None
+    default = schema.default if isinstance(schema, FieldInfo) else None
+    kind = value.get(key, getattr(default, key, None)) if key and isinstance(value, dict) else None
     return next((model for model in models if key and kind in _kinds(model, key)), None)
 
 

@@ -199,7 +199,7 @@ MISTAKES = {
     "teacher train --data nowhere": (4, NO_DATA),
     "teacher train --init none.pth {plain} --init none.pth {synthetic}": (
         5,
-        SAID + "error: none.pth: no such file: pass --init a torchvision ResNet (.pth, .safetensors) or an ldctl "
+        SAID + "error: none.pth: no such file: pass --init the network's weights (.pth, .safetensors) or an ldctl "
         "checkpoint, or --init none\n",
     ),
     "teacher train --preset broken.toml": (3, "error: broken.toml:2:2: Expected '=' after a key in a key/value pair\n"),
@@ -990,3 +990,40 @@ def test_a_model_from_the_future(ldctl: Callable[[str], Ran], tmp_path: Path) ->
         5,
         "error: new.safetensors: holds a model that this version cannot build: update ldctl",
     )
+
+
+def test_other_backbones_by_name(ldctl: Callable[[str], Ran]) -> None:
+    """They take the place of the preset's; only the options given beside them are kept."""
+    out = ldctl("distill -t t.safetensors -p ld-main --student mobilenet_v3_small --init none --dry-run").out
+    table = out.partition("[student.backbone]\n")[2].partition("\n\n")[0].splitlines()
+    assert table == [
+        'kind = "torchvision"',
+        'name = "mobilenet_v3_small"',
+        'init = "none"',
+        'norm = "trainable"',
+        "frozen_stages = 0",
+        "mean = [123.675, 116.28, 103.53]",
+        "std = [58.395, 57.12, 57.375]",
+    ]
+    assert '\noutput = "runs/ld-main"\n' in f"\n{out}"
+    assert 'output = "runs/teacher-swin_t"\n' in ldctl("teacher train --model swin_t --dry-run").out
+    refused = ldctl("teacher train --model mobilenet_v3 --dry-run")
+    assert (refused.code, refused.err) == (
+        3,
+        "error: command line: model.backbone.name: torchvision has no classification network 'mobilenet_v3': did you "
+        "mean 'mobilenet_v2'?\n",
+    )
+
+
+def test_mmdet_gets_resnets_only(ldctl: Callable[[str], Ran]) -> None:
+    backbone = {"kind": "torchvision", "name": "mobilenet_v3_small", "init": "none"}
+    detector = Detector(ModelSpec.model_validate({"backbone": backbone, "channels": 32, "head": {"num_convs": 1}}), 2)
+    meta = CheckpointMeta(model=detector.spec.model_dump(mode="json"), classes=("a", "b"), short_side=64, long_side=64)
+    checkpoint.save(Path("d.safetensors"), detector.state_dict(), meta)
+    ran = ldctl("export d.safetensors --to mmdet")
+    assert (ran.code, ran.err) == (
+        5,
+        "error: d.safetensors: the backbone is torchvision's mobilenet_v3_small, and mmdet's files are written for "
+        "ResNets only: use --to onnx\n",
+    )
+    assert not Path("d.pth").exists()

@@ -15,7 +15,8 @@ from torchvision.models import resnet
 
 from ldctl.errors import CheckpointError, MissingError
 from ldctl.mmdet import from_mmdet
-from ldctl.models import Detector, HeadSpec, ModelSpec, ResNetSpec, backbone, initialize
+from ldctl.models import Detector, HeadSpec, ModelSpec, ResNetSpec, initialize, load_backbone_weights
+from ldctl.models import resnet as own_resnet
 
 NARROW = ModelSpec(backbone=ResNetSpec(depth=18, width=0.125, init="none"), channels=32)
 
@@ -119,12 +120,12 @@ def test_backbone_has_torchvisions_names_and_shapes(depth: int, entries: int) ->
 
 def test_a_deformable_backbone_starts_as_the_plain_one() -> None:
     plain, deformable = (
-        backbone.ResNet(ResNetSpec(depth=50, width=0.125, init="none", dcn=dcn)).eval() for dcn in (False, True)
+        own_resnet.ResNet(ResNetSpec(depth=50, width=0.125, init="none", dcn=dcn)).eval() for dcn in (False, True)
     )
     for module in plain.modules():
         if isinstance(module, nn.BatchNorm2d):  # the last of a block starts at 0, which would hide the convolutions
             nn.init.ones_(module.weight)
-    backbone.load_backbone_weights(deformable, plain.state_dict(), source="plain.pth")
+    load_backbone_weights(deformable, plain.state_dict(), source="plain.pth")
     images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for one, other in zip(plain(images), deformable(images), strict=True):
@@ -292,7 +293,7 @@ def test_imagenet_weights_are_torchvisions(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_v1_weights_are_used() -> None:
-    names = [weights.url.rsplit("/", 1)[-1] for weights in backbone.IMAGENET.values()]
+    names = [weights.url.rsplit("/", 1)[-1] for weights in own_resnet.IMAGENET.values()]
     assert names == [
         "resnet18-f37072fd.pth",
         "resnet34-b627a593.pth",
@@ -338,14 +339,14 @@ def test_init_from_weights_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as fault:
         initialize(detector_of(str(path)))
     assert str(fault.value) == (
-        f"{path}: 3 entries do not fit a ResNet-18 of width 1; change depth or init\n"
+        f"{path}: 3 entries do not fit a ResNet-18 of width 1; change the backbone or init\n"
         "missing: bn1.weight [64]\n"
         "unexpected: odd [64]\n"
         "shape: conv1.weight is [8, 3, 7, 7], the backbone's is [64, 3, 7, 7]"
     )
 
 
-ADVICE = "pass --init a torchvision ResNet (.pth, .safetensors) or an ldctl checkpoint"
+ADVICE = "pass --init the network's weights (.pth, .safetensors) or an ldctl checkpoint"
 
 
 @pytest.mark.parametrize(
@@ -370,5 +371,5 @@ def test_init_from_something_else(tmp_path: Path, name: str, content: object, me
 
 
 def test_construction_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbone, "_download", lambda _: pytest.fail("downloaded"))
+    monkeypatch.setattr(own_resnet, "download", lambda _: pytest.fail("downloaded"))
     detector_of("imagenet")

@@ -11,7 +11,7 @@ from ldctl import spec
 from ldctl.classes import match_names
 from ldctl.distill import CWD, KD, LD, PKD, BinaryKD, CrossKDBox, CrossKDClass, Imitation, Term
 from ldctl.errors import SpecError
-from ldctl.models.detector import MEAN, STD
+from ldctl.models.base import MEAN, STD
 from ldctl.spec import DistillationSpec, DistillSpec, EvalSpec, TeacherSpec, TrainSpec
 
 

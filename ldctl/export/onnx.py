@@ -19,6 +19,7 @@ from jaxtyping import Float, Int, UInt8
 from onnx import ModelProto
 from onnx.compose import merge_models
 from onnx.helper import set_model_props
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImplementedByRuntime
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -97,12 +98,19 @@ class OnnxExporter(Spec):
 
         Raises:
             OutputError: The path cannot be written.
-            ExportError: The weights exceed what one ONNX file holds, or the file gives other boxes than the detector.
+            ExportError: The weights exceed what one ONNX file holds, or ONNX Runtime does not know an operator, or it
+                gives other boxes than the detector.
         """
         with _beside(path) as temporary:
             model = build(detector, classes, short_side, long_side, postprocess, self.opset)
             _write(model, temporary, path)
-            parity = check_parity(temporary, images, expected, postprocess, self.tolerance)
+            try:
+                parity = check_parity(temporary, images, expected, postprocess, self.tolerance)
+            except NotImplementedByRuntime as error:  # as DeformConv by older ones
+                raise ExportError(
+                    f"{path}: not written, for onnxruntime {onnxruntime.__version__} cannot run it "
+                    f"({' '.join(str(error).split())}): update onnxruntime"
+                ) from error
             if not parity.is_within(self.tolerance):
                 raise ExportError(
                     f"{path}: not written, for ONNX Runtime gives other boxes than the detector on {parity.num_images} "

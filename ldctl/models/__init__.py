@@ -1,6 +1,6 @@
 """Detectors: backbone, feature pyramid, head, and the way from predictions to boxes."""
 
-from ldctl.models.backbone import ResNet, ResNetSpec, load_backbone_weights
+from ldctl.models.backbone import BackboneSpec, build_backbone
 from ldctl.models.detector import (
     Detector,
     ModelSpec,
@@ -10,8 +10,13 @@ from ldctl.models.detector import (
     initialize,
 )
 from ldctl.models.heads import DenseHead, HeadSpec
+from ldctl.models.resnet import ResNet, ResNetSpec
+from ldctl.models.timm_net import TimmSpec
+from ldctl.models.torchvision_net import TorchvisionSpec
+from ldctl.models.weights import load_backbone_weights
 
 __all__ = [
+    "BackboneSpec",
     "DenseHead",
     "Detector",
     "HeadSpec",
@@ -19,6 +24,9 @@ __all__ = [
     "PostprocessSpec",
     "ResNet",
     "ResNetSpec",
+    "TimmSpec",
+    "TorchvisionSpec",
+    "build_backbone",
     "detect",
     "detect_image",
     "initialize",

@@ -9,17 +9,16 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from ldctl.boxes import decode_ltrb, expected_distance
-from ldctl.models.backbone import ResNet, ResNetSpec, initialize_backbone
+from ldctl.models.backbone import BackboneSpec, build_backbone
 from ldctl.models.fpn import FPN
 from ldctl.models.heads import NORM_GROUPS, DenseHead, HeadSpec
 from ldctl.models.nms import voting_cluster_diou_nms
+from ldctl.models.resnet import ResNetSpec
+from ldctl.models.weights import initialize_backbone
 from ldctl.schema import Spec
 from ldctl.types import Dense, Detections, Locations
 
 STRIDES = (8, 16, 32, 64, 128)
-# RGB, 0 .. 255. Source: torchvision's ImageNet statistics times 255
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
 
 
 class ModelSpec(Spec):
@@ -31,7 +30,7 @@ class ModelSpec(Spec):
         channels: Width of the pyramid and of the head; a multiple of 32, the groups of its norm.
     """
 
-    backbone: ResNetSpec = ResNetSpec()
+    backbone: BackboneSpec = ResNetSpec()
     head: HeadSpec = HeadSpec()
     channels: int = Field(default=256, ge=NORM_GROUPS, multiple_of=NORM_GROUPS)
 
@@ -58,7 +57,7 @@ class PostprocessSpec(Spec):
 
 
 class Detector(nn.Module):
-    """ResNet, feature pyramid and dense head. Construction draws random weights; `initialize` loads the backbone's."""
+    """Backbone, pyramid and dense head. Construction draws random weights; `initialize` loads the backbone's."""
 
     mean: Tensor
     std: Tensor
@@ -68,10 +67,10 @@ class Detector(nn.Module):
         self.spec = spec
         self.num_classes = num_classes
         self.strides = STRIDES
-        # The input statistics belong to the code, not to a weights file.
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        self.backbone = ResNet(spec.backbone)
+        self.backbone = build_backbone(spec.backbone)
+        # The input statistics belong to the code and the spec, not to a weights file.
+        self.register_buffer("mean", torch.tensor(self.backbone.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.backbone.std).view(3, 1, 1), persistent=False)
         self.fpn = FPN(self.backbone.out_channels, spec.channels, has_relu=spec.head.kind == "fcos")
         self.head = DenseHead(spec.head, spec.channels, num_classes, STRIDES)
 
@@ -95,14 +94,17 @@ class Detector(nn.Module):
         return dense
 
 
-def initialize(detector: Detector) -> None:
+def initialize(detector: Detector) -> str:
     """Load what the spec's `init` names into the detector's backbone.
+
+    Returns:
+        What the user should know of how its entries were matched; empty if there is nothing to say.
 
     Raises:
         MissingError: The ImageNet weights cannot be downloaded.
         CheckpointError: The file of `init` is missing, unreadable, or does not fit.
     """
-    initialize_backbone(detector.backbone)
+    return initialize_backbone(detector.backbone)
 
 
 @torch.no_grad()
