@@ -66,11 +66,8 @@ def teacher_spec(
 ) -> TeacherSpec:
     """Resolve the spec of `ldctl teacher train`; a resumed run starts from its own."""
     spec = _load(TeacherSpec, preset or _saved_spec(flags, resume), flags, assignments)
-    return (
-        spec
-        if spec.output
-        else spec.model_copy(update={"output": f"runs/{_name(preset) or f'teacher-{_short(spec.model)}'}"})
-    )
+    name = _name(preset) if preset else f"teacher-{_short(spec.model)}"
+    return spec if spec.output else spec.model_copy(update={"output": f"runs/{name}"})
 
 
 def distill_spec(
@@ -78,7 +75,12 @@ def distill_spec(
 ) -> DistillSpec:
     """Resolve the spec of `ldctl distill`; a resumed run starts from its own."""
     spec = _load(DistillSpec, preset or _saved_spec(flags, resume), flags, assignments)
-    return spec if spec.output else spec.model_copy(update={"output": f"runs/{_name(preset) or _short(spec.student)}"})
+    if spec.output:
+        return spec
+    parts = [_name(preset)] if preset else []
+    if not preset or {"student.backbone", "student.backbone.depth"} & set(flags):  # one recipe serves several students
+        parts.append(_short(spec.student))
+    return spec.model_copy(update={"output": f"runs/{'-'.join(parts)}"})
 
 
 def eval_spec(path: Path, flags: Mapping[str, object], assignments: Sequence[str]) -> EvalSpec:
@@ -104,8 +106,8 @@ def resolved(spec: RunSpec) -> str:
     return toml.dumps(spec)
 
 
-def _name(preset: str | None) -> str | None:
-    return Path(preset).stem if preset else None
+def _name(preset: str) -> str:
+    return Path(preset).stem
 
 
 def _short(model: ModelSpec) -> str:

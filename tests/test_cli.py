@@ -782,7 +782,8 @@ def test_options_reach_the_spec(ldctl: Callable[[str], Ran]) -> None:
     for said in ('path = "t.safetensors"', "depth = 34", 'path = "d"', 'init = "w.pth"', "epochs = 3", "batch = 8"):
         assert said in lines
     assert 'output = "runs/r34"' in lines
-    assert 'output = "runs/quickstart"' in ldctl("distill --preset quickstart --dry-run").out.splitlines()
+    for command, folder in (("quickstart", "quickstart"), ("pkd", "pkd"), ("pkd --student r18", "pkd-r18")):
+        assert f'output = "runs/{folder}"' in ldctl(f"distill --preset {command} --dry-run").out.splitlines()
 
 
 def test_data_wins_over_a_generated_set(ldctl: Callable[[str], Ran], teacher: Path) -> None:
