@@ -55,6 +55,8 @@ def start(spec: RunSpec) -> torch.device:
     check_share("train", spec.train, ranks)
     if isinstance(spec, DistillSpec) and spec.teacher.path is None:
         check_share("teacher.train", spec.teacher.train, ranks)
+    if isinstance(spec, DistillSpec) and spec.assistant and spec.assistant.train:
+        check_share("assistant.train", spec.assistant.train, ranks)
     device = choose_device(spec.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # objects travel between ranks through the current one

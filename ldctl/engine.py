@@ -205,13 +205,15 @@ def examine(teacher: Detector, path: Path, spec: DistillSpec, setting: Setting) 
 
     A teacher that was loaded wrongly or does not fit the data is the commonest reason for a student that gains nothing.
     """
+    # no more pixels at once than the student trains on
+    share = distributed.world_size() * spec.train.accumulate * max(spec.teacher.scale, 1.0) ** 2
     with Console(stderr=True, quiet=setting.quiet).status("") as status:
         found = predict(
             teacher,
             setting.val_set,
             spec.data.scaled(spec.teacher.scale),
             spec.postprocess,
-            batch_size=max(spec.train.batch // distributed.world_size(), 1),
+            batch_size=max(int(spec.train.batch / share), 1),
             device=setting.device,
             on_batch=lambda done, total: status.update(f"teacher: image {done} of {total}"),
         )

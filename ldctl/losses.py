@@ -93,15 +93,6 @@ def focal_loss(logit: Float[Tensor, "*S"], target: Float[Tensor, "*S"]) -> Float
     return balance * quality_focal_loss(logit, target, FOCAL_GAMMA)  # for such targets both have the same factor
 
 
-def joint_logit(cls: Float[Tensor, "*#S"], quality: Float[Tensor, "*#S"]) -> Float[Tensor, "*S"]:
-    """Return the logit of `sigmoid(cls) * sigmoid(quality)`; shapes broadcast.
-
-    With it the losses of single logits serve for products too: no probability is rounded to 0 or 1 on the way.
-    """
-    # odds against the product: (1 + e^-c) (1 + e^-q) - 1
-    return -torch.logaddexp(torch.logaddexp(-cls, -quality), -cls - quality)
-
-
 def distribution_focal_loss(edge: Float[Tensor, "N 4 R"], target_ltrb: Float[Tensor, "N 4"]) -> Float[Tensor, " N"]:
     """Return the cross entropy of the edge distributions with the two bins around each target, mean over four edges.
 
@@ -172,9 +163,7 @@ def detection_losses(
     """
     found = positives(dense, assigned, main)
     quality = box_iou(found.pred_xyxy.detach(), found.gt_xyxy)
-    logit = dense.cls.float()
-    if dense.quality is not None:
-        logit = joint_logit(logit, dense.quality.float()[..., None])
+    logit = dense.score_logit
     per_class = quality_focal_loss(logit, class_targets(logit, assigned, main, quality))
     losses = {
         "qfl": spec.qfl * (per_class.sum(dim=-1) * assigned.is_valid).sum() / norm.num_positive,

@@ -185,12 +185,11 @@ def general_instances(pair: Pair, assigned: Assigned) -> Bool[Tensor, "B A"]:
     gap, label = (student - teacher).abs().max(dim=-1)
     is_student_surer = (student > teacher).gather(-1, label[..., None])
     best = gap.where(assigned.is_valid, -1.0).topk(min(GI_CANDIDATES, gap.shape[1]))
-    row = best.indices[..., None, None].expand(-1, -1, *pair.student.edge.shape[2:])
-    stride = locations.stride[best.indices]
-    boxes = [
-        decode_ltrb(dense.locations.xy[best.indices], expected_distance(dense.edge.gather(1, row)), stride)
-        for dense in (pair.student, pair.teacher)
-    ]
+    row, stride = best.indices[..., None, None], locations.stride[best.indices]
+    boxes = []
+    for dense in (pair.student, pair.teacher):  # which may have different bins
+        edge = dense.edge.gather(1, row.expand(-1, -1, *dense.edge.shape[2:]))
+        boxes.append(decode_ltrb(dense.locations.xy[best.indices], expected_distance(edge), stride))
     xyxy = boxes[0].where(is_student_surer.gather(1, best.indices[..., None]), boxes[1])
     num_images = len(gap)
     image = torch.arange(num_images, device=gap.device).repeat_interleave(best.indices.shape[1])

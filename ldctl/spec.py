@@ -289,6 +289,12 @@ class DistillSpec(RunSpec):
                 "data.unlabelled_only leaves no annotated image to train a teacher on: pass --teacher FILE, or leave "
                 "it out"
             )
+        is_scored = any(isinstance(term, BinaryKD) for term in self.distill.terms)
+        if self.data.unlabelled_only and self.student.head.kind != "gfl" and not is_scored:
+            raise ValueError(
+                f'without annotations the quality of a "{self.student.head.kind}" head learns from "binary_kd" alone, '
+                'which is not among distill.terms: add it, or take student.head.kind "gfl"'
+            )
         return self
 
     @model_validator(mode="after")

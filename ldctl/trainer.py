@@ -403,10 +403,14 @@ class Trainer:
         student = below(state.tensors, "student")
         checkpoint.fit(student, shapes(self.job.detector), path)
         self.job.detector.load_state_dict(student)
-        self.learner.adapters.load_state_dict(below(state.tensors, "adapters"))
+        adapters = below(state.tensors, "adapters")
+        checkpoint.fit(adapters, shapes(self.learner.adapters), path)
+        self.learner.adapters.load_state_dict(adapters)
         load_optimizer_state(self.optimizer, below(state.tensors, "optimizer"), state.values["optimizer"])
         if self.ema:
-            self.ema.module.load_state_dict(below(state.tensors, "ema"))
+            average = below(state.tensors, "ema")
+            checkpoint.fit(average, shapes(self.ema.module), path)
+            self.ema.module.load_state_dict(average)
             self.ema.num_updates = state.values["ema_updates"]
         self.step = state.values["step"]
         self.evaluated_step = state.values["evaluated_step"]

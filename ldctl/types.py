@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Float32, Int, Int64, UInt8
 from torch import Tensor
 
@@ -174,6 +175,15 @@ class Locations:
         return tuple(height * width for height, width in self.level_hw)
 
 
+def joint_logit(cls: Float[Tensor, "*#S"], quality: Float[Tensor, "*#S"]) -> Float[Tensor, "*S"]:
+    """Return the logit of `sigmoid(cls) * sigmoid(quality)`; shapes broadcast.
+
+    With it the losses of single logits serve for products too: no probability is rounded to 0 or 1 on the way.
+    """
+    # odds against the product: (1 + e^-c) (1 + e^-q) - 1
+    return -torch.logaddexp(torch.logaddexp(-cls, -quality), -cls - quality)
+
+
 @dataclass(frozen=True)
 class TowerMaps:
     """Maps inside the two towers of a head, finest first, before the activation that follows them.
@@ -215,6 +225,12 @@ class Dense:
         """
         score = self.cls.float().sigmoid()
         return score if self.quality is None else score * self.quality.float().sigmoid()[..., None]
+
+    @property
+    def score_logit(self) -> Float32[Tensor, "B A C"]:
+        """Return the logit of `score`."""
+        cls = self.cls.float()
+        return cls if self.quality is None else joint_logit(cls, self.quality.float()[..., None])
 
     @property
     def best_score(self) -> Float32[Tensor, "B A"]:

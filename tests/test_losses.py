@@ -19,12 +19,11 @@ from ldctl.losses import (
     detection_losses,
     distribution_focal_loss,
     focal_loss,
-    joint_logit,
     normalizer,
     quality_focal_loss,
 )
 from ldctl.regions import main_region, select
-from ldctl.types import Assigned, Dense, Targets
+from ldctl.types import Assigned, Dense, Targets, joint_logit
 
 CLASSES = 5
 BINS = torch.arange(17, dtype=torch.float64)

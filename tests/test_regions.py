@@ -290,3 +290,17 @@ def test_general_instances_of_images_whose_boxes_lie_left_of_and_above_them() ->
     pair = Pair(replace(blank, cls=cls, edge=edge), replace(blank, cls=silent, edge=edge))
     assigned = assign(locations, targets_of([[], []]), torch.full((2, 2), 64), 1)
     assert general_instances(pair, assigned)[:, 0].tolist() == [True, True]
+
+
+@pytest.mark.parametrize("bins", [(9, 17), (17, 9)])
+def test_general_instances_of_detectors_with_different_bins(bins: tuple[int, int]) -> None:
+    """Their boxes decide; further bins that hold nothing change none."""
+    locations, targets, assigned = scene(6, 2)
+    dense = [random_dense(locations, 2, CLASSES, seed, num_bins=9) for seed in (30, 40)]
+    pair = Pair(*dense)
+    padded = [
+        replace(each, edge=torch.nn.functional.pad(each.edge, (0, size - 9), value=-1e4))
+        for each, size in zip(dense, bins, strict=True)
+    ]
+    found, expected = (region("gi", RegionSpec(), two, assigned, targets).row for two in (Pair(*padded), pair))
+    assert torch.equal(found, expected)

@@ -89,7 +89,8 @@ def train_batches(
     if batch_size % world_size:
         raise SpecError(f"train.batch {batch_size} cannot be shared by {world_size} ranks: make it a multiple of them")
     order = epoch_order(dataset, batch_size, seed, epoch)
-    plan = _TrainPlan(dataset, spec, order, seed, epoch, rank, world_size)
+    multiple = round(PAD_MULTIPLE / min(teacher_scale, 1.0))  # so that a smaller teacher's input has whole strides, too
+    plan = _TrainPlan(dataset, spec, order, seed, epoch, rank, world_size, multiple)
     yield from _load(
         _Batches(dataset, plan, with_targets=True, teacher_scale=teacher_scale),
         range(first_step, len(order)),
@@ -163,12 +164,13 @@ class _TrainPlan:
     epoch: int
     rank: int
     world_size: int
+    multiple: int
 
     def __call__(self, step: int) -> _Plan:
         order = self.order[step].tolist()
         views = [train_view(self.dataset.samples[i], self.spec, self.seed, self.epoch, i) for i in order]
         share = slice(self.rank, None, self.world_size)
-        return _Plan(tuple(order[share]), tuple(views[share]), _common_size(views))
+        return _Plan(tuple(order[share]), tuple(views[share]), _common_size(views, self.multiple))
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,7 @@ def _sizes_hw(views: Sequence[View]) -> Int64[Tensor, "B 2"]:
     return torch.tensor([(view.height, view.width) for view in views])
 
 
-def _common_size(views: Sequence[View]) -> tuple[int, int]:
-    """Return the smallest multiples of 32 that hold all views."""
+def _common_size(views: Sequence[View], multiple: int = PAD_MULTIPLE) -> tuple[int, int]:
+    """Return the smallest multiples that hold all views."""
     height, width = max(view.height for view in views), max(view.width for view in views)
-    return -(-height // PAD_MULTIPLE) * PAD_MULTIPLE, -(-width // PAD_MULTIPLE) * PAD_MULTIPLE
+    return -(-height // multiple) * multiple, -(-width // multiple) * multiple

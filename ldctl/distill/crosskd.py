@@ -90,7 +90,7 @@ class CrossKDBox(Spec):
         assert pair.crossed is not None, "the step makes cross-head predictions where a term asks for them"
         crossed = pair.crossed.edge.flatten(0, 1)[where.row]
         teacher = pair.teacher.edge.flatten(0, 1)[where.row]
-        score = pair.teacher.cls.detach().flatten(0, 1)[where.row].float().amax(dim=-1).sigmoid() * where.weight
+        score = pair.teacher.best_score.detach().flatten()[where.row] * where.weight
         total_score = score.sum() if norm.kind == "reference" else reduce_mean(score.sum())
         per_row = localization_distillation(crossed, teacher, CROSS_TEMPERATURE, self.class_reduction)
         return self.weight * (per_row * score).sum() / total_score.clamp(min=EPS)

@@ -185,7 +185,9 @@ def pair_shares(count: Float[Tensor, "B P"]) -> Float[Tensor, "B P"]:
 
 
 class BinaryKD(Spec):
-    """Class distillation of each class's sigmoid, which is what the head predicts; works with a single class.
+    """Class distillation of each class's score, which is what detections are ranked by; works with a single class.
+
+    A head's quality is part of the score, so it is taught, too, and heads with and without one can teach each other.
 
     Differs from the released code of BCKD: levels without positives count too, which the code leaves out.
 
@@ -210,8 +212,8 @@ class BinaryKD(Spec):
 
         Normalized by: the number of positives, averaged over ranks.
         """
-        student = pair.student.cls.flatten(0, 1)[where.row].float()
-        teacher = pair.teacher.cls.flatten(0, 1)[where.row].float()
+        student = pair.student.score_logit.flatten(0, 1)[where.row]
+        teacher = pair.teacher.score_logit.flatten(0, 1)[where.row]
         per_row = binary_distillation(student, teacher, self.beta)
         return self.weight * (per_row * (where.weight > 0)).sum() / norm.num_positive
 
@@ -265,9 +267,8 @@ class BCKDBox(Spec):
         student, teacher = (
             expected_distance(dense.edge.flatten(0, 1)[where.row]) for dense in (pair.student, pair.teacher)
         )
-        difference = score_difference(
-            pair.student.cls.flatten(0, 1)[where.row].float(), pair.teacher.cls.flatten(0, 1)[where.row].float()
-        )
+        scores = (dense.score.flatten(0, 1)[where.row] for dense in (pair.student, pair.teacher))
+        difference = score_difference(*scores)
         shift = pair.teacher.locations.offset - pair.student.locations.offset
         per_row = box_distillation(student, teacher, shift) * difference * (where.weight > 0)
         return self.weight * per_row.sum() / norm.num_positive
@@ -290,9 +291,9 @@ def box_distillation(
 
 
 @torch.no_grad()
-def score_difference(student_cls: Float[Tensor, "N C"], teacher_cls: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
+def score_difference(student_score: Float[Tensor, "N C"], teacher_score: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
     """Return the largest difference of a class's scores, in [0, 1]."""
-    return (teacher_cls.sigmoid() - student_cls.sigmoid()).abs().amax(dim=-1)
+    return (teacher_score - student_score).abs().amax(dim=-1)
 
 
 def divergence_factor(temperature: float, size: int, class_reduction: ClassReduction) -> float:

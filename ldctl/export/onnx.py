@@ -23,6 +23,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImp
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.onnx import OnnxExporterError
 
 from ldctl import __version__
 from ldctl.boxes import decode_ltrb, expected_distance
@@ -209,16 +210,22 @@ def _trace(network: _Network, opset: int) -> ModelProto:
     example = (torch.zeros(2, 3, 256, 384, dtype=torch.uint8), torch.tensor([250, 380]), torch.tensor([500, 760]))
     dynamic = torch.export.Dim.DYNAMIC
     with _quiet():
-        program = torch.onnx.export(
-            network,
-            example,
-            dynamo=True,
-            verbose=False,
-            opset_version=opset,
-            input_names=["pixels", "size_hw", "original_hw"],
-            output_names=["core_xyxy", "core_by_class", "core_score", "core_label"],
-            dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic}, None, None),
-        )
+        try:
+            program = torch.onnx.export(
+                network,
+                example,
+                dynamo=True,
+                verbose=False,
+                opset_version=opset,
+                input_names=["pixels", "size_hw", "original_hw"],
+                output_names=["core_xyxy", "core_by_class", "core_score", "core_label"],
+                dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic}, None, None),
+            )
+        except OnnxExporterError as error:  # networks whose code depends on the image's size
+            reason = str(error).strip().splitlines()[0]
+            raise ExportError(
+                f"torch cannot export this network for images of any size ({reason}): take another backbone"
+            ) from error
     assert program is not None
     model = program.model_proto
     # Torch notes the stack trace of every node: local paths, and megabytes.

@@ -166,12 +166,12 @@ def layout_of(name: str) -> Layout:
     """
     create = _timm().create_model
     with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
-        published = {key: tuple(value.shape) for key, value in create(name).state_dict().items()}
         try:
+            published = {key: tuple(value.shape) for key, value in create(name).state_dict().items()}
             network = create(name, features_only=True).eval()
             index = {stride: index for index, stride in enumerate(network.feature_info.reduction())}
             maps = [network(torch.empty(1, 3, *TRACED_HW))[index[stride]] for stride in MAP_STRIDES]
-        except (RuntimeError, AssertionError, AttributeError, KeyError) as error:
+        except (RuntimeError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(_REFUSED.format(name)) from error
     layouts = [layout for layout in map(map_layout, maps) if layout]
     if tuple(layout.stride for layout in layouts) != MAP_STRIDES:
