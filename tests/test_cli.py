@@ -1006,7 +1006,7 @@ def test_other_backbones_by_name(ldctl: Callable[[str], Ran]) -> None:
         "mean = [123.675, 116.28, 103.53]",
         "std = [58.395, 57.12, 57.375]",
     ]
-    assert '\noutput = "runs/ld-main"\n' in f"\n{out}"
+    assert '\noutput = "runs/ld-main-mobilenet_v3_small"\n' in f"\n{out}"
     assert 'output = "runs/teacher-swin_t"\n' in ldctl("teacher train --model swin_t --dry-run").out
     refused = ldctl("teacher train --model mobilenet_v3 --dry-run")
     assert (refused.code, refused.err) == (
