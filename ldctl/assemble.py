@@ -53,7 +53,7 @@ def start(spec: RunSpec) -> torch.device:
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     check_share("train", spec.train, ranks)
-    if isinstance(spec, DistillSpec) and spec.teacher.path is None:
+    if isinstance(spec, DistillSpec) and not spec.teacher.is_in_a_file:
         check_share("teacher.train", spec.teacher.train, ranks)
     if isinstance(spec, DistillSpec) and spec.assistant and spec.assistant.train:
         check_share("assistant.train", spec.assistant.train, ranks)
@@ -221,11 +221,11 @@ def check_initial_weights(models: Iterable[ModelSpec]) -> None:
             initialize(Detector(model, num_classes=1))
 
 
-def compare_classes(given: Path | None, spec: DistillSpec, classes: tuple[str, ...]) -> ClassMatch:
+def compare_classes(known: tuple[str, ...] | None, spec: DistillSpec, classes: tuple[str, ...]) -> ClassMatch:
     """Tell which of the data's classes the teacher knows, and refuse terms that have nothing to look at then.
 
     Args:
-        given: The teacher's file; none for one that is trained on the same data.
+        known: The teacher's classes; none for one that is trained on the same data.
         spec: Names of classes, terms.
         classes: The data's.
 
@@ -233,7 +233,7 @@ def compare_classes(given: Path | None, spec: DistillSpec, classes: tuple[str, .
         SpecError: See `match_names` and `DistillationSpec.check_classes`; or no class is shared, and there are
             unlabelled images.
     """
-    match = match_names(classes, checkpoint.load_meta(given).classes if given else classes, spec.teacher.classes)
+    match = match_names(classes, known or classes, spec.teacher.classes)
     spec.distill.check_classes(match)
     if spec.data.unlabelled is not None and not match.pairs:
         raise SpecError(

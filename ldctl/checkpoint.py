@@ -30,7 +30,8 @@ MAX_HEADER = 100_000_000  # bytes. Source: the safetensors format
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages on which the content of a file depends."""
     return {"ldctl": __version__} | {name: version(name) for name in ("torch", "torchvision")}
 
 
@@ -61,7 +62,7 @@ class CheckpointMeta(Spec):
     long_side: int
     spec: str = ""
     metrics: dict[str, float] = Field(default_factory=dict)
-    versions: dict[str, str] = Field(default_factory=_versions)
+    versions: dict[str, str] = Field(default_factory=package_versions)
     teacher_sha256: str | None = None
     data_fingerprint: str | None = None
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))

@@ -29,7 +29,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 teacher_app = typer.Typer(
-    help="Get a teacher: train one, or import one from mmdet.", no_args_is_help=True, rich_markup_mode=None
+    help="Get a teacher: train one, or import one from mmdet; or compute what it says once.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 app.add_typer(teacher_app, name="teacher")
 
@@ -43,6 +45,13 @@ class ExportFormat(StrEnum):
 
     ONNX = "onnx"
     MMDET = "mmdet"
+
+
+class LogitType(StrEnum):
+    """How `ldctl teacher cache` can store numbers."""
+
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
 
 
 Preset = Annotated[
@@ -167,10 +176,52 @@ def teacher_import(
     typer.echo(exchange.import_teacher(source, output, classes))
 
 
+@teacher_app.command("cache")
+def teacher_cache(
+    teacher: Annotated[str, typer.Argument(help="Checkpoint of the teacher.")],
+    preset: Preset = None,
+    data: Data = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write. [default: TEACHER with .cache]", show_default=False),
+    ] = None,
+    dtype: Annotated[LogitType, typer.Option(help="Numbers to store.")] = LogitType.FLOAT16,
+    batch: BatchSize = None,
+    device: Device = None,
+    assignments: Assignments = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compute what a teacher says of the training images once, for `ldctl distill --cache`.
+
+    Pass the preset and the values of that run. Once stopped, the same command goes on.
+
+    Example: ldctl teacher cache gfl_r101.safetensors --preset ld-full -o gfl_r101.cache
+    """
+    from ldctl import caching, engine
+
+    flags = _given(
+        {
+            "teacher.path": teacher,
+            "data.path": data,
+            "data.canvas": True,
+            "train.batch": batch,
+            "device": device,
+        }
+    )
+    spec = engine.distill_spec(preset, flags, assignments or [], resume=False)
+    typer.echo(caching.cache_teacher(spec, output, dtype.value, quiet=quiet))
+
+
 @app.command()
 def distill(
     teacher: Annotated[
         Path | None, typer.Option("--teacher", "-t", help="Checkpoint of the teacher.", show_default=False)
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache", help="What `ldctl teacher cache` wrote, in the place of the teacher.", show_default=False
+        ),
     ] = None,
     student: Annotated[
         str | None, typer.Option("--student", help=f"Backbone: {BACKBONES}. [default: r50]", show_default=False)
@@ -202,12 +253,16 @@ def distill(
     Example: ldctl distill --preset quickstart
 
     Example: ldctl distill --teacher gfl_r101.safetensors --student r50
+
+    Example: ldctl distill --cache gfl_r101.cache --preset ld-full --student r50
     """
     from ldctl import engine
 
     flags = _given(
         {
             "teacher.path": str(teacher) if teacher else None,
+            "teacher.cache": str(cache) if cache else None,
+            "data.canvas": True if cache else None,
             **_backbone("assistant.model", assistant),
             "assistant.model.backbone.init": init if assistant else None,
             **_backbone("student", student),

@@ -27,7 +27,9 @@ from ldctl.assemble import (
     read_annotations,
     start,
 )
+from ldctl.caching import check_data, open_matching, recall
 from ldctl.checkpoint import CheckpointMeta
+from ldctl.classes import ClassMatch
 from ldctl.data import DataSpec, in_class_order, open_dataset
 from ldctl.data.check import inspect
 from ldctl.data.synthetic import SyntheticSpec
@@ -35,7 +37,7 @@ from ldctl.errors import DataError, ExportError, OutputError, SpecError
 from ldctl.export import OnnxExporter
 from ldctl.metrics import Metrics, metrics_table, per_class_table, read_coco_results, to_coco_results
 from ldctl.metrics import evaluate as evaluate_detections
-from ldctl.models.detector import Detector, ModelSpec
+from ldctl.models.detector import ModelSpec
 from ldctl.predict import predict
 from ldctl.run_folder import SPEC_FILE, check_output, open_folder, run_folder
 from ldctl.spec import (
@@ -163,31 +165,28 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
     """
     device = start(spec)
     folder = check_output(spec, resume=resume)
-    given = Path(spec.teacher.path) if spec.teacher.path else None
-    if given:
-        check_heads(checkpoint.load_meta(given), spec, given)  # before any data is read
+    cache = open_matching(spec) if spec.teacher.cache else None
+    given = Path(spec.teacher.path) if spec.teacher.path and not cache else None
+    known = cache.header if cache else checkpoint.load_meta(given) if given else None
+    if known:
+        check_heads(known.model, spec, cache.path if cache else given)  # before any data is read
     annotations = read_annotations(spec.data)
-    match = compare_classes(given, spec, annotations.val.classes)  # before any image is looked at
+    # before any image is looked at
+    match = compare_classes(known.classes if known else None, spec, annotations.val.classes)
     setting = in_teachers_order(look_at(annotations, spec.data, device, quiet=quiet), match)
+    if cache:
+        check_data(cache, match, setting.train_set)
     if not resume:
-        models = (None if given else spec.teacher.model, spec.assistant and spec.assistant.model, spec.student)
+        models = (None if known else spec.teacher.model, spec.assistant and spec.assistant.model, spec.student)
         check_initial_weights(model for model in models if model)
     if str(match):
         note(str(match))
     open_folder(spec, folder, setting.faults, str(match))
-    path = given or train_own_teacher(spec, folder, setting.labelled, resume=resume)
-    pseudo = None
-    if spec.data.unlabelled:
-        pseudo = spec.postprocess.model_copy(update={"score_threshold": spec.distill.pseudo_score})
-    teaching = hire(path, spec.distill, device, match=match, scale=spec.teacher.scale, pseudo=pseudo)
-    results = {}
-    if match.is_complete:
-        results["teacher"] = examine(teaching.teacher, path, spec, setting.labelled)
+    if cache:
+        teaching = Teaching(None, spec.distill, cache.header.teacher_sha256, cache=cache)
+        results = recall(cache, setting)
     else:
-        note("teacher: its classes are not the data's, so its AP on these images is not known")
-    if spec.assistant:
-        results["assistant"] = train_assistant(spec, spec.assistant, path, folder, setting, teaching, resume=resume)
-        teaching = hire(folder / "assistant" / BEST_FILE, spec.distill, device, pseudo=pseudo)
+        teaching, results = meet_teacher(spec, folder, given, setting, match, resume=resume)
     if spec.compare:
         part = plain_part(spec, "plain", spec.student, spec.train, folder)
         if spec.data.unlabelled:
@@ -200,7 +199,31 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
     return results
 
 
-def examine(teacher: Detector, path: Path, spec: DistillSpec, setting: Setting) -> Metrics:
+def meet_teacher(
+    spec: DistillSpec, folder: Path, given: Path | None, setting: Setting, match: ClassMatch, *, resume: bool
+) -> tuple[Teaching, dict[str, Metrics]]:
+    """Load and examine the teacher, after training it where there is none; then let its assistant learn from it.
+
+    Returns:
+        Who teaches the student, and the metrics of the teacher and of its assistant.
+    """
+    path = given or train_own_teacher(spec, folder, setting.labelled, resume=resume)
+    pseudo = None
+    if spec.data.unlabelled:
+        pseudo = spec.postprocess.model_copy(update={"score_threshold": spec.distill.pseudo_score})
+    teaching = hire(path, spec.distill, setting.device, match=match, scale=spec.teacher.scale, pseudo=pseudo)
+    results = {}
+    if match.is_complete:
+        results["teacher"] = examine(teaching, path, spec, setting.labelled)
+    else:
+        note("teacher: its classes are not the data's, so its AP on these images is not known")
+    if spec.assistant:
+        results["assistant"] = train_assistant(spec, spec.assistant, path, folder, setting, teaching, resume=resume)
+        teaching = hire(folder / "assistant" / BEST_FILE, spec.distill, setting.device, pseudo=pseudo)
+    return teaching, results
+
+
+def examine(teaching: Teaching, path: Path, spec: DistillSpec, setting: Setting) -> Metrics:
     """Evaluate a teacher at its own scale before anything is learnt from it; hold that against what its file says.
 
     A teacher that was loaded wrongly or does not fit the data is the commonest reason for a student that gains nothing.
@@ -209,7 +232,7 @@ def examine(teacher: Detector, path: Path, spec: DistillSpec, setting: Setting) 
     share = distributed.world_size() * spec.train.accumulate * max(spec.teacher.scale, 1.0) ** 2
     with Console(stderr=True, quiet=setting.quiet).status("") as status:
         found = predict(
-            teacher,
+            teaching.detector,
             setting.val_set,
             spec.data.scaled(spec.teacher.scale),
             spec.postprocess,
@@ -322,13 +345,18 @@ def run(job: Job) -> Metrics:
 # --- teachers -------------------------------------------------------------------------------------------------------
 
 
-def check_heads(meta: CheckpointMeta, spec: DistillSpec, path: Path) -> None:
+def check_heads(model: Mapping[str, object], spec: DistillSpec, path: Path | None) -> None:
     """Refuse a teacher whose head the terms cannot compare with the student's.
+
+    Args:
+        model: The teacher's spec, as its file has it.
+        spec: The student, and the terms.
+        path: That file.
 
     Raises:
         SpecError: See `DistillSpec.fault_of_heads`.
     """
-    teacher = ModelSpec.model_validate_json(json.dumps(meta.model))
+    teacher = ModelSpec.model_validate_json(json.dumps(model))
     fault = spec.fault_of_heads(teacher)
     if fault is not None:
         raise SpecError(f"{path}: {fault}")

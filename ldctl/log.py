@@ -133,10 +133,8 @@ class Progress:
         self._bars = Bars(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=self._console)
         self._steps = self._bars.add_task("train", total=num_steps, completed=first_step)
         self._images = self._bars.add_task("evaluate", total=None, visible=False)
-        # FORCE_COLOR makes rich take a file for a terminal; a CI log is one at times, but keeps every frame.
-        is_terminal = self._console.is_interactive and self._console.file.isatty() and not os.environ.get("CI")
         live = Live(console=self._console, get_renderable=lambda: Group(self._bars, self._text))
-        self._live = live if is_terminal and not quiet else None
+        self._live = live if _is_terminal(self._console) and not quiet else None
 
     def __enter__(self) -> "Progress":
         if self._live:
@@ -224,6 +222,69 @@ class Progress:
         """Return every field of a record on one line."""
         counts = {name: f"{name} {record[name]}/{total}" for name, total in self._totals.items()}
         return "  ".join(counts.get(name) or _shown(name, value) for name, value in record.items())
+
+
+class PassProgress:
+    """Shows one pass over many things on stderr: a live bar on a terminal, otherwise a plain line now and then.
+
+    Args:
+        title: What is being done.
+        unit: What is counted.
+        total: How many there are.
+        first: How many were done before this process started.
+        quiet: Show nothing.
+        every: Seconds between plain lines; the last is always shown.
+        console: Where to show; stderr if None.
+        clock: Seconds from any origin.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        unit: str,
+        total: int,
+        *,
+        first: int = 0,
+        quiet: bool = False,
+        every: float = 10.0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._title, self._unit, self._total, self._first = title, unit, total, first
+        self._every, self._clock, self._start, self._shown = every, clock, clock(), -math.inf
+        self._console = console or _Terminal(stderr=True)
+        self._console.quiet = quiet
+        self._bars = Bars(TextColumn("{task.description}"), BarColumn(), console=self._console, disable=quiet)
+        self._task = self._bars.add_task(title, total=total, completed=first)
+        self._is_live = _is_terminal(self._console) and not quiet
+
+    def __enter__(self) -> "PassProgress":
+        if self._is_live:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_live:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self._bars.stop()
+
+    def update(self, done: int) -> None:
+        """Show how many are done, how many in a second since the start, and how long the rest will take."""
+        now = self._clock()
+        rate = (done - self._first) / max(now - self._start, 1e-9)  # a coarse clock may stand still
+        rest = timedelta(seconds=round((self._total - done) / rate)) if rate else "unknown"
+        said = f"{self._title}  {done}/{self._total}  {rate:.3g} {self._unit}/s  eta {rest}"
+        if self._is_live:
+            self._bars.update(self._task, description=said, completed=done)
+        elif now - self._shown >= self._every or done == self._total:
+            self._shown = now
+            with contextlib.suppress(OSError):  # a display that cannot be written to is no reason to stop
+                self._console.print(Text(said), soft_wrap=True)
+
+
+def _is_terminal(console: Console) -> bool:
+    # FORCE_COLOR makes rich take a file for a terminal; a CI log is one at times, but keeps every frame.
+    return console.is_interactive and console.file.isatty() and not os.environ.get("CI")
 
 
 def _shown(name: str, value: Value) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -62,6 +63,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return value.to(device, non_blocking=True)
 
     targets = Targets(*(move(value) for value in vars(batch.targets).values()))
+    taught = batch.taught and replace(
+        batch.taught,
+        row=move(batch.taught.row),
+        edge=move(batch.taught.edge),
+        cls=move(batch.taught.cls),
+        quality=None if batch.taught.quality is None else move(batch.taught.quality),
+    )
     other = batch.for_teacher and Scaled(move(batch.for_teacher.images), move(batch.for_teacher.size_hw))
     return Batch(
         images=move(batch.images),
@@ -71,4 +79,5 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         targets=targets,
         for_teacher=other,
         is_labelled=None if batch.is_labelled is None else move(batch.is_labelled),
+        taught=taught,
     )

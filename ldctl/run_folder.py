@@ -1,6 +1,5 @@
 """The folder of a run: taken once, and continued only by the spec that it was started with."""
 
-import errno
 import os
 import sys
 import tomllib
@@ -10,11 +9,9 @@ from pathlib import Path
 from ldctl import distributed, toml
 from ldctl.checkpoint import write_whole
 from ldctl.errors import OutputError, SpecError
+from ldctl.locks import is_locked
 from ldctl.spec import RunSpec
 from ldctl.toml_text import literal
-
-if sys.platform != "win32":
-    import fcntl
 
 SPEC_FILE = "spec.toml"
 HEADER = "# The resolved spec of this run, written by ldctl.\n\n"
@@ -30,6 +27,7 @@ RESUMABLE = (
     "data.path",
     "data.unlabelled",
     "data.workers",
+    "teacher.cache",
     "train.accumulate",
     "train.log_every",
     "train.save_every",
@@ -116,15 +114,11 @@ def _lock(folder: Path) -> None:
         return
     # Never closed: closing a file gives up a lock of this kind, which data workers do not inherit.
     handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return  # a file system without locks
+    if is_locked(handle):
         holder = os.read(handle, 20).decode(errors="replace").strip()
         raise OutputError(
             f"{folder}: another ldctl is writing here (pid {holder}): wait for it, or pass another --output"
-        ) from error
+        )
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
 

@@ -165,6 +165,8 @@ class TaughtSpec(Spec):
             folder, when it is there already).
         model: What to train.
         train: How to train it.
+        cache: File of `ldctl teacher cache` with all that the teacher says of the training images; no teacher is loaded
+            or trained then. Where there is a file at `path`, it has to be the cached teacher's.
         classes: The name that the teacher has for some of the data's classes, where names differ by more than upper and
             lower case, spaces and underscores. Terms on classes see the classes that both know; LD does not look at
             classes.
@@ -177,14 +179,20 @@ class TaughtSpec(Spec):
     path: str | None = None
     model: ModelSpec | None = None
     train: TrainSpec = TrainSpec()
+    cache: str | None = None
     classes: dict[str, str] = Field(default_factory=dict)
     scale: float = 1.0
 
+    @property
+    def is_in_a_file(self) -> bool:
+        """Return whether the teacher, or all that it says, is in a file; else it is trained first."""
+        return self.path is not None or self.cache is not None
+
     @model_validator(mode="after")
     def _check_source(self) -> "TaughtSpec":
-        if self.path is None and self.model is None:
+        if self.model is None and not self.is_in_a_file:
             raise ValueError("no teacher: pass --teacher FILE, or say in [teacher.model] what to train first")
-        if self.path is None and self.classes:
+        if self.classes and not self.is_in_a_file:
             raise ValueError(
                 "classes are named for a teacher's file: pass --teacher FILE, or leave out teacher.classes"
             )
@@ -308,7 +316,7 @@ class DistillSpec(RunSpec):
 
     @model_validator(mode="after")
     def _check_heads(self) -> "DistillSpec":
-        fault = self.fault_of_heads(self.teacher.model if self.teacher.path is None else None)
+        fault = self.fault_of_heads(None if self.teacher.is_in_a_file else self.teacher.model)
         if fault is not None:
             raise ValueError(fault)
         return self

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldctl.assign import assign, assign_fcos
 from ldctl.boxes import PAD_MULTIPLE, location_grid
+from ldctl.data.teacher_cache import TeacherCache
 from ldctl.distill.crosskd import aligned_towers
 from ldctl.distributed import reduce_mean, world_size
 from ldctl.losses import (
@@ -33,7 +34,7 @@ from ldctl.pairing import (
 )
 from ldctl.regions import main_region, region
 from ldctl.spec import DistillationSpec
-from ldctl.types import Assigned, Batch, Dense, Locations, Normalizer, Pair, Scaled, Targets, Where
+from ldctl.types import Assigned, Batch, Dense, Locations, Normalizer, Pair, Scaled, Targets, TeacherRows, Where
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,28 @@ class Teaching:
     """From whom a student learns, and what.
 
     Attributes:
-        teacher: Frozen, in evaluation mode, on the student's device.
+        teacher: Frozen, in evaluation mode, on the student's device; none where a cache says what it would.
         spec: The terms and their regions.
         sha256: Hash of the teacher's file.
         shared: The classes that both know; none where they have the same in the same order.
         scale: At how many times the student's scale the teacher sees an image; a power of two.
         pseudo: Which of its detections stand for objects in unlabelled images; none where there are no such images.
+        cache: What the teacher says of each view, wherever the terms look; batches come with their part of it.
     """
 
-    teacher: Detector
+    teacher: Detector | None
     spec: DistillationSpec
     sha256: str
     shared: SharedClasses | None = None
     scale: float = 1.0
     pseudo: PostprocessSpec | None = None
+    cache: TeacherCache | None = None
+
+    @property
+    def detector(self) -> Detector:
+        """Return the teacher itself; only where there is no cache."""
+        assert self.teacher is not None, "whatever asks for it was refused with a cache"
+        return self.teacher
 
     @property
     def level_shift(self) -> int:
@@ -92,8 +101,8 @@ class Learner(nn.Module):
         self.detector = detector
         self.adapters = nn.ModuleDict()
         self.cut = teaching.spec.tower_cut if teaching else 0
-        if teaching:
-            own, wanted = detector.spec.channels, teaching.teacher.spec.channels
+        if teaching and teaching.spec.compared_maps:
+            own, wanted = detector.spec.channels, teaching.detector.spec.channels
             names = teaching.spec.compared_maps if own != wanted else ()
             # one for all levels, as the head that reads them is one
             self.adapters.update({name: nn.Conv2d(own, wanted, kernel_size=1) for name in names})
@@ -149,7 +158,10 @@ def training_losses(
         return named
 
     with autocast:
-        pair = compare(teaching, seen_by_teacher(teaching, batch), dense)
+        if batch.taught is None:
+            pair = compare(teaching, seen_by_teacher(teaching, batch), dense)
+        else:
+            pair = recalled(batch.taught, dense)
     lesson = Lesson(pair, batch.targets, assigned, main, norm)
     lesson = made_comparable(lesson, detector, teaching, batch, parts=parts)
     where: dict[str, Where] = {"main": lesson.main}
@@ -163,7 +175,7 @@ def training_losses(
 def seen_by_teacher(teaching: Teaching, batch: Batch) -> Float[Tensor, "B 3 h w"]:
     """Return the student's views at the teacher's scale, normalized as the teacher's own backbone expects."""
     seen = batch.for_teacher or batch
-    return teaching.teacher.normalize(seen.images, seen.size_hw)
+    return teaching.detector.normalize(seen.images, seen.size_hw)
 
 
 def compare(teaching: Teaching, images: Float[Tensor, "B 3 H W"], student: Dense) -> Pair:
@@ -178,12 +190,30 @@ def compare(teaching: Teaching, images: Float[Tensor, "B 3 H W"], student: Dense
     """
     cut, towers = teaching.spec.tower_cut, teaching.spec.crossed_towers
     with torch.no_grad():
-        teacher: Dense = teaching.teacher(images, cut)
+        teacher: Dense = teaching.detector(images, cut)
     if not towers:
         return Pair(student, teacher)
     maps = in_teachers_levels(student.towers, teacher.towers, teaching.level_shift)
     aligned = aligned_towers(maps, teacher.towers, towers)
-    return Pair(student, teacher, crossed=teaching.teacher.head.resume(aligned, cut, teacher.features))
+    return Pair(student, teacher, crossed=teaching.detector.head.resume(aligned, cut, teacher.features))
+
+
+def recalled(taught: TeacherRows, student: Dense) -> Pair:
+    """Return what a cache holds of the teacher, in its places."""
+    num_images, num_locations = student.cls.shape[:2]
+    assert taught.num_locations == num_locations, "the batch is a canvas"
+
+    def placed(value: Tensor) -> Tensor:
+        full = value.new_zeros((num_images * num_locations, *value.shape[1:]), dtype=torch.float32)
+        return full.index_copy(0, taught.row, value.float()).view(num_images, num_locations, *value.shape[1:])
+
+    teacher = replace(
+        student,
+        cls=placed(taught.cls),
+        edge=placed(taught.edge),
+        quality=None if taught.quality is None else placed(taught.quality),
+    )
+    return Pair(student, teacher)
 
 
 def assign_by_head(detector: Detector, locations: Locations, targets: Targets, batch: Batch) -> Assigned:
@@ -296,6 +326,20 @@ def split(batch: Batch, parts: int) -> list[Batch]:
             Targets(*(value[cut] for value in vars(batch.targets).values())),
             batch.for_teacher and Scaled(batch.for_teacher.images[cut], batch.for_teacher.size_hw[cut]),
             None if batch.is_labelled is None else batch.is_labelled[cut],
+            batch.taught and rows_of(batch.taught, cut),
         )
         for cut in cuts
     ]
+
+
+def rows_of(taught: TeacherRows, images: slice) -> TeacherRows:
+    """Return the rows of some images that stand together, which count as images from 0 on."""
+    rows = slice(sum(taught.num_rows[: images.start]), sum(taught.num_rows[: images.stop]))
+    return replace(
+        taught,
+        row=taught.row[rows] - images.start * taught.num_locations,
+        edge=taught.edge[rows],
+        cls=taught.cls[rows],
+        quality=None if taught.quality is None else taught.quality[rows],
+        num_rows=taught.num_rows[images],
+    )

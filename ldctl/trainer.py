@@ -114,7 +114,7 @@ class Trainer:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.steps_per_epoch = num_steps(job.train_set, job.train.batch)
+        self.steps_per_epoch = num_steps(job.train_set, job.train.batch, canvas=job.data.canvas)
         self.total_steps = self.steps_per_epoch * job.train.epochs
         self.learner = Learner(job.detector, job.teaching).to(job.device)
         modules = {"student": job.detector, "adapters": self.learner.adapters}
@@ -191,6 +191,7 @@ class Trainer:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             teacher_scale=job.teaching.scale if job.teaching else 1.0,
+            cache=job.teaching.cache if job.teaching else None,
         )
         with closing(batches):
             self._take_steps(batches, epoch, stop, progress, log)
@@ -383,9 +384,10 @@ class Trainer:
         checkpoint.save_state(self.job.folder / STATE_FILE, tensors, values)
 
     def _learns_from(self) -> list[str | None]:
-        """Return the hashes of the data and of the teacher's file."""
-        meta = self.job.meta({})
-        return [meta.data_fingerprint, meta.teacher_sha256]
+        """Return the hashes of the data, of the teacher's file, and of the cache where that teaches in its place."""
+        meta, teaching = self.job.meta({}), self.job.teaching
+        cached = [teaching.cache.fingerprint] if teaching and teaching.cache else []
+        return [meta.data_fingerprint, meta.teacher_sha256, *cached]
 
     def load_state(self) -> None:
         """Go on from the saved state.

@@ -127,6 +127,27 @@ class Scaled:
 
 
 @dataclass(frozen=True)
+class TeacherRows:
+    """What a teacher said of some locations of a batch's images, computed before.
+
+    Attributes:
+        row: `image * num_locations + location`, ascending.
+        edge: Logits of the edge distributions.
+        cls: Class logits.
+        quality: See `Dense`.
+        num_rows: Rows of each image.
+        num_locations: Locations of each image.
+    """
+
+    row: Int[Tensor, " N"]
+    edge: Float[Tensor, "N 4 R"]
+    cls: Float[Tensor, "N C"]
+    quality: Float[Tensor, " N"] | None
+    num_rows: tuple[int, ...]
+    num_locations: int
+
+
+@dataclass(frozen=True)
 class Batch:
     """Images as the loader yields them, and their objects.
 
@@ -138,6 +159,7 @@ class Batch:
         targets: Objects to train on, without crowds. No objects (`G == 0`) in evaluation batches.
         for_teacher: The same views for a teacher that looks at another scale.
         is_labelled: False for images without annotations; none where the whole data set has annotations.
+        taught: What a teacher said of the same views, where that was computed before.
     """
 
     images: UInt8[Tensor, "B 3 H W"]
@@ -147,6 +169,7 @@ class Batch:
     targets: Targets
     for_teacher: Scaled | None = None
     is_labelled: Bool[Tensor, " B"] | None = None
+    taught: TeacherRows | None = None
 
 
 @dataclass(frozen=True)

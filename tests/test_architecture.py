@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "ldctl"
 FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
-    {"errors", "types", "toml_text"},
+    {"errors", "types", "toml_text", "locks"},
     {"boxes", "schema", "keys", "distributed", "toml"},
     {
         "assign",
@@ -32,6 +32,7 @@ LAYERS = (
     {"step", "predict"},
     {"trainer", "run_folder"},
     {"assemble"},
+    {"caching"},
     {"engine", "exchange"},
     {"cli"},
     {"__main__"},

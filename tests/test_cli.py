@@ -26,7 +26,7 @@ from ldctl.models import Detector, HeadSpec, ModelSpec, ResNetSpec
 from ldctl.types import Batch
 
 HELP = Path(__file__).parent / "help"
-COMMANDS = ("", "teacher", "teacher train", "teacher import", "distill", "eval", "export")
+COMMANDS = ("", "teacher", "teacher train", "teacher import", "teacher cache", "distill", "eval", "export")
 SYNTHETIC = (
     "--device cpu --batch 4 --epochs 2 --set data.format=synthetic --set data.synthetic={train=10,val=3,size=64} "
     "--set data.short_side=[64,64] --set data.long_side=64 --set data.workers=0 --set train.log_every=1"

@@ -1,6 +1,6 @@
 """Resize and flip: what the network sees of an image, as a pure function of `(sample, seed, epoch, index)`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
@@ -76,6 +76,18 @@ def eval_view(sample: Sample, spec: DataSpec) -> View:
     """Return the view of an image in evaluation: the upper end of the short side, not flipped."""
     height, width = resize_size(sample.height, sample.width, spec.short_side[1], spec.long_side)
     return View(height, width, is_flipped=False)
+
+
+def fixed_view(sample: Sample, spec: DataSpec, is_flipped: bool) -> View:
+    """Return one of the two views that an image can have in training at one scale."""
+    return replace(eval_view(sample, spec), is_flipped=is_flipped)
+
+
+def canvas(sample: Sample, spec: DataSpec) -> View:
+    """Return a view that holds each that a wide image can have, or each of any other, as the image is."""
+    short_side, long_side = spec.short_side[1], spec.long_side
+    is_wide = sample.width > sample.height
+    return View(*((short_side, long_side) if is_wide else (long_side, short_side)), is_flipped=False)
 
 
 def scaled(view: View, scale: float) -> View:

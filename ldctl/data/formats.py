@@ -38,6 +38,11 @@ class DataSpec(Spec):
             in it, both ends included; evaluation takes the upper end.
         long_side: Most pixels of the longer side; wins over `short_side`.
         flip: Probability of a horizontal flip in training.
+        canvas: Pad every training batch to one of two sizes, one for wide images and one for all others, which follow
+            from the upper end of `short_side` and `long_side`, instead of to the batch's largest image. What a detector
+            says of an image then depends on the image alone, not on the others of its batch; wide images and others
+            share no batch, so an epoch may have one step more. Costs the pixels of the padding. A cached teacher needs
+            it.
         workers: Processes that load images, at most one per CPU core; 0 loads in the training process.
     """
 
@@ -51,6 +56,7 @@ class DataSpec(Spec):
     short_side: tuple[int, int] = (800, 800)
     long_side: int = Field(default=1333, ge=32)
     flip: float = Field(default=0.5, ge=0, le=1)
+    canvas: bool = False
     workers: int = Field(default=8, ge=0)
 
     def scaled(self, scale: float) -> "DataSpec":

@@ -8,7 +8,8 @@ An epoch shuffles the images, divides them into wide ones (width > height) and o
 batches, so that little is padded. What is left over of both groups makes up the last one or two batches; they come
 first in the epoch, so that the widest padding, and with it the most memory, is met at the first step. The last of
 them is filled up with images from the front of the shuffled list. An epoch thus shows every image at least once, and
-at most `batch_size - 1` times an image again.
+at most `batch_size - 1` times an image again. On canvases (`DataSpec.canvas`) what is left over of each group makes up
+a batch of its own, which is filled up from that group.
 """
 
 import os
@@ -18,20 +19,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ldctl.boxes import PAD_MULTIPLE
-from ldctl.data.augment import View, eval_view, place, scaled, show, train_view
+from ldctl.data.augment import Objects, View, canvas, eval_view, fixed_view, place, scaled, show, train_view
 from ldctl.data.formats import DataSpec
-from ldctl.errors import DataError, SpecError
-from ldctl.types import Batch, Dataset, Scaled, Targets
+from ldctl.data.teacher_cache import TeacherCache
+from ldctl.errors import CheckpointError, DataError, LdctlError, SpecError
+from ldctl.types import Batch, Dataset, Scaled, Targets, TeacherRows
 
 # What crosses from a worker: a few tensors (each costs a file handle; images and their sizes at each scale come last),
-# or the text of a DataError.
+# or what is wrong, as an object: raised there, it would lose its class on the way.
 _Packed = tuple[Tensor, ...]
 
 
@@ -50,9 +52,10 @@ class _Plan:
     padded_hw: tuple[int, int]
 
 
-def num_steps(dataset: Dataset, batch_size: int) -> int:
-    """Return the number of global batches in an epoch."""
-    return -(-len(dataset.samples) // batch_size)
+def num_steps(dataset: Dataset, batch_size: int, *, canvas: bool) -> int:
+    """Return the number of global batches in an epoch; see the top of this file for what `canvas` changes."""
+    groups = [int(np.sum(is_wide(dataset))), int(np.sum(~is_wide(dataset)))]
+    return sum(-(-count // batch_size) for count in (groups if canvas else [sum(groups)]))
 
 
 def train_batches(
@@ -66,6 +69,7 @@ def train_batches(
     rank: int = 0,
     world_size: int = 1,
     teacher_scale: float = 1.0,
+    cache: TeacherCache | None = None,
 ) -> Generator[Batch, None, None]:
     """Yield the batches of an epoch, augmented.
 
@@ -81,18 +85,20 @@ def train_batches(
         rank: Which share of each global batch to yield: the images `rank`, `rank + world_size`, ...
         world_size: Number of ranks; divides `batch_size`.
         teacher_scale: Unless 1, the views are also shown at this scale, for the teacher; a power of two from 1/2 on.
+        cache: What the teacher says of each view, to go with the batches.
 
     Raises:
         DataError: An image cannot be read.
+        CheckpointError: The cache cannot be read, or is damaged.
         SpecError: `batch_size` cannot be shared out evenly.
     """
     if batch_size % world_size:
         raise SpecError(f"train.batch {batch_size} cannot be shared by {world_size} ranks: make it a multiple of them")
-    order = epoch_order(dataset, batch_size, seed, epoch)
+    order = epoch_order(dataset, batch_size, seed, epoch, canvas=spec.canvas)
     multiple = round(PAD_MULTIPLE / min(teacher_scale, 1.0))  # so that a smaller teacher's input has whole strides, too
     plan = _TrainPlan(dataset, spec, order, seed, epoch, rank, world_size, multiple)
     yield from _load(
-        _Batches(dataset, plan, with_targets=True, teacher_scale=teacher_scale),
+        _Batches(dataset, plan, with_targets=True, teacher_scale=teacher_scale, cache=cache),
         range(first_step, len(order)),
         spec.workers,
     )
@@ -130,20 +136,70 @@ def eval_batches(
     yield from _load(_Batches(dataset, plans.__getitem__, with_targets=False), range(len(plans)), spec.workers)
 
 
-def epoch_order(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Int64[np.ndarray, "steps batch"]:
+def view_plan(dataset: Dataset, batch_size: int, flips: Sequence[bool]) -> list[tuple[tuple[int, bool], ...]]:
+    """Return every view of every image once, as `(index, is_flipped)`, in batches of one canvas.
+
+    The views of one image stand together; the last batch of each canvas may be smaller.
+    """
+    index = np.arange(len(dataset.samples))
+    plan: list[tuple[tuple[int, bool], ...]] = []
+    for group in (index[is_wide(dataset)], index[~is_wide(dataset)]):
+        views = [(image, is_flipped) for image in group.tolist() for is_flipped in flips]
+        plan += [tuple(views[first : first + batch_size]) for first in range(0, len(views), batch_size)]
+    return plan
+
+
+def view_batches(
+    dataset: Dataset, spec: DataSpec, plan: Sequence[Sequence[tuple[int, bool]]], *, batch_size: int
+) -> Generator[Batch, None, None]:
+    """Yield the batches of a plan, with their objects, on their canvases.
+
+    A batch that is smaller is filled up with its own views once more, since what a network says of an image may depend
+    on the size of the batch, if only by rounding; of such a batch the first images are meant.
+
+    Args:
+        dataset: Images.
+        spec: Sizes, number of workers; of one scale.
+        plan: See `view_plan`.
+        batch_size: Images per batch.
+
+    Raises:
+        DataError: An image cannot be read.
+    """
+    plans = []
+    for views in plan:
+        chosen = [views[slot % len(views)] for slot in range(batch_size)]
+        shown = tuple(fixed_view(dataset.samples[index], spec, is_flipped) for index, is_flipped in chosen)
+        size = _common_size([canvas(dataset.samples[chosen[0][0]], spec)])
+        plans.append(_Plan(tuple(index for index, _ in chosen), shown, size))
+    yield from _load(_Batches(dataset, plans.__getitem__, with_targets=True), range(len(plans)), spec.workers)
+
+
+def is_wide(dataset: Dataset) -> Bool[np.ndarray, " N"]:
+    """Tell which images are wider than high."""
+    return np.array([sample.width > sample.height for sample in dataset.samples])
+
+
+def epoch_order(
+    dataset: Dataset, batch_size: int, seed: int, epoch: int, *, canvas: bool
+) -> Int64[np.ndarray, "steps batch"]:
     """Return which samples make up each global batch of an epoch; see the top of this file for the rule."""
     rng = np.random.default_rng((seed, epoch))
     shuffled = rng.permutation(len(dataset.samples))
-    is_wide = np.array([sample.width > sample.height for sample in dataset.samples])[shuffled]
+    is_first = is_wide(dataset)[shuffled]
+    groups = (shuffled[is_first], shuffled[~is_first])
     full, left = [], []
-    for group in (shuffled[is_wide], shuffled[~is_wide]):
+    for group in groups:
         whole = len(group) // batch_size * batch_size
         full.append(group[:whole].reshape(-1, batch_size))
         left.append(group[whole:])
-    rest = np.concatenate(left)
-    missing = -len(rest) % batch_size
-    mixed = np.concatenate((rest, np.resize(shuffled, missing))).reshape(-1, batch_size)
-    return np.concatenate((mixed, rng.permutation(np.concatenate(full))))
+    pools = groups if canvas else (shuffled,)
+    rests = left if canvas else [np.concatenate(left)]
+    filled = [
+        np.concatenate((rest, np.resize(pool, -len(rest) % batch_size))).reshape(-1, batch_size)
+        for rest, pool in zip(rests, pools, strict=True)
+    ]
+    return np.concatenate((*filled, rng.permutation(np.concatenate(full))))
 
 
 def usable_workers(wanted: int) -> int:
@@ -170,23 +226,25 @@ class _TrainPlan:
         order = self.order[step].tolist()
         views = [train_view(self.dataset.samples[i], self.spec, self.seed, self.epoch, i) for i in order]
         share = slice(self.rank, None, self.world_size)
-        return _Plan(tuple(order[share]), tuple(views[share]), _common_size(views, self.multiple))
+        held = [canvas(self.dataset.samples[order[0]], self.spec)] if self.spec.canvas else views
+        return _Plan(tuple(order[share]), tuple(views[share]), _common_size(held, self.multiple))
 
 
 @dataclass(frozen=True)
-class _Batches(TorchDataset[_Packed | str]):
-    """The batches of an epoch by number; a bad image gives its message, since errors lose their class on the way."""
+class _Batches(TorchDataset[_Packed | LdctlError]):
+    """The batches of an epoch by number, or what is wrong with an image or the cache."""
 
     dataset: Dataset
     plan: Callable[[int], _Plan]
     with_targets: bool
     teacher_scale: float = 1.0
+    cache: TeacherCache | None = None
 
-    def __getitem__(self, step: int) -> _Packed | str:
+    def __getitem__(self, step: int) -> _Packed | LdctlError:
         try:
             return self._pack(self.plan(step))
-        except DataError as error:
-            return str(error)
+        except (DataError, CheckpointError) as error:
+            return error
 
     def _pack(self, plan: _Plan) -> _Packed:
         samples = [self.dataset.samples[index] for index in plan.index]
@@ -202,18 +260,39 @@ class _Batches(TorchDataset[_Packed | str]):
                 part = scaled(view, scale)
                 images[row, :, : part.height, : part.width] = show(pixels, part)
         objects = [place(s, view) for s, view in zip(samples, plan.views, strict=True)] if self.with_targets else []
-        most = max((len(found.label) for found in objects), default=0)
-        xyxy = torch.zeros((len(samples), most, 4))
-        label = torch.zeros((len(samples), most), dtype=torch.int64)
-        is_object = torch.zeros((len(samples), most), dtype=torch.bool)
-        for row, found in enumerate(objects):
-            count = len(found.label)
-            xyxy[row, :count] = torch.from_numpy(found.xyxy)
-            label[row, :count] = torch.from_numpy(found.label)
-            is_object[row, :count] = True
+        targets = padded(objects, len(samples))
         sizes_hw = [_sizes_hw([scaled(view, scale) for view in plan.views]) for scale in scales]
-        about = torch.tensor([(s.height, s.width, s.image_id, s.is_labelled) for s in samples], dtype=torch.int64)
-        return about, xyxy, label, is_object, *shown, *sizes_hw
+        num_rows, taught = _taught(self.cache, plan) if self.cache else ([0] * len(samples), ())
+        about = torch.tensor(
+            [(s.height, s.width, s.image_id, s.is_labelled, count) for s, count in zip(samples, num_rows, strict=True)],
+            dtype=torch.int64,
+        )
+        return about, targets.gt_xyxy, targets.gt_label, targets.is_object, *taught, *shown, *sizes_hw
+
+
+def padded(objects: Sequence[Objects], num_images: int) -> Targets:
+    """Pad the objects of a batch's images to one number; none of any image gives none."""
+    most = max((len(found.label) for found in objects), default=0)
+    xyxy = torch.zeros((num_images, most, 4))
+    label = torch.zeros((num_images, most), dtype=torch.int64)
+    is_object = torch.zeros((num_images, most), dtype=torch.bool)
+    for row, found in enumerate(objects):
+        count = len(found.label)
+        xyxy[row, :count] = torch.from_numpy(found.xyxy)
+        label[row, :count] = torch.from_numpy(found.label)
+        is_object[row, :count] = True
+    return Targets(gt_xyxy=xyxy, gt_label=label, is_object=is_object)
+
+
+def _taught(cache: TeacherCache, plan: _Plan) -> tuple[list[int], _Packed]:
+    """Return the number of rows of each view, and the rows of all: where they are, then their logits."""
+    views = [cache.view(index, view.is_flipped) for index, view in zip(plan.index, plan.views, strict=True)]
+    size = cache.header.num_locations
+    row = np.concatenate([image * size + one.location.astype(np.int64) for image, one in enumerate(views)])
+    values = [np.concatenate([one.edge for one in views]), np.concatenate([one.cls for one in views])]
+    if cache.header.has_quality:
+        values.append(np.concatenate([one.quality for one in views if one.quality is not None]))
+    return [len(one.location) for one in views], tuple(torch.from_numpy(value) for value in (row, *values))
 
 
 def _load(batches: _Batches, steps: range, workers: int) -> Generator[Batch, None, None]:
@@ -233,9 +312,11 @@ def _load(batches: _Batches, steps: range, workers: int) -> Generator[Batch, Non
     iterator = iter(loader)
     try:
         for packed in iterator:
-            if isinstance(packed, str):
-                raise DataError(packed)
-            about, xyxy, label, is_object, *shown = packed
+            if isinstance(packed, LdctlError):
+                raise packed
+            about, xyxy, label, is_object, *rest = packed
+            count = 3 + batches.cache.header.has_quality if batches.cache else 0
+            taught, shown = rest[:count], rest[count:]
             images, sizes_hw = shown[: len(shown) // 2], shown[len(shown) // 2 :]
             yield Batch(
                 images=images[0],
@@ -245,12 +326,25 @@ def _load(batches: _Batches, steps: range, workers: int) -> Generator[Batch, Non
                 targets=Targets(gt_xyxy=xyxy, gt_label=label, is_object=is_object),
                 for_teacher=Scaled(images[1], sizes_hw[1]) if len(images) > 1 else None,
                 is_labelled=None if is_annotated else about[:, 3].bool(),
+                taught=_teacher_rows(batches.cache, about[:, 4].tolist(), taught) if batches.cache else None,
             )
     finally:
         # An error's traceback keeps the iterator alive to the end of the process, which would then wait for workers
         # that nobody has told to stop.
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
             iterator._shutdown_workers()
+
+
+def _teacher_rows(cache: TeacherCache, num_rows: list[int], tensors: Sequence[Tensor]) -> TeacherRows:
+    row, edge, cls, *quality = tensors
+    return TeacherRows(
+        row=row,
+        edge=edge,
+        cls=cls,
+        quality=quality[0] if quality else None,
+        num_rows=tuple(num_rows),
+        num_locations=cache.header.num_locations,
+    )
 
 
 def _leave_signals(_: int) -> None:
