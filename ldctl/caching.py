@@ -1,9 +1,8 @@
-"""A teacher that is paid for once: build the cache of its outputs, and hold a cache against the run that reads it."""
+"""A teacher that is paid for once: build the cache of what it says."""
 
 import shutil
 from contextlib import closing
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,15 +13,29 @@ from ldctl import checkpoint
 from ldctl.assemble import Setting, choose_device, compare_classes, load_detector, note, note_faults
 from ldctl.assign import assign, assign_fcos
 from ldctl.boxes import PAD_MULTIPLE, location_grid
+from ldctl.cacheable import (
+    READS_CLASSES,
+    READS_EDGES,
+    assignment,
+    check_recipe,
+    flips,
+    other_classes,
+    regions_read,
+)
 from ldctl.checkpoint import CheckpointMeta
-from ldctl.classes import ClassMatch
 from ldctl.data import DataSpec, open_dataset
 from ldctl.data.augment import fixed_view, place
 from ldctl.data.cache_writer import CacheWriter, partial_path
 from ldctl.data.check import inspect
 from ldctl.data.loader import padded, view_batches, view_plan
-from ldctl.data.teacher_cache import CacheHeader, Dtype, TeacherCache, ViewRows, open_cache, view_number
-from ldctl.distill import KD, LD, BCKDBox, BinaryKD
+from ldctl.data.teacher_cache import (
+    ENTRY,
+    CacheHeader,
+    Dtype,
+    TeacherCache,
+    ViewRows,
+    view_number,
+)
 from ldctl.errors import DataError, OutputError, SpecError
 from ldctl.log import PassProgress
 from ldctl.metrics import Metrics
@@ -31,139 +44,12 @@ from ldctl.predict import to_device
 from ldctl.regions import vlr_region
 from ldctl.spec import DistillSpec
 from ldctl.step import padded_hw
-from ldctl.toml_text import literal
 from ldctl.trainer import interrupts, stops
 from ldctl.types import Batch, Dataset, Locations, Targets
 
 SUFFIX = ".cache"
 PROBED_VIEWS = 256  # of which the size of all is predicted
 SPARE = 1.05  # how much more room than predicted there has to be
-REGIONS = ("main", "vlr")  # which follow from the objects alone, and are small
-
-# --- what can be learnt from a cache --------------------------------------------------------------------------------
-
-
-def check_recipe(spec: DistillSpec) -> None:
-    """Refuse a run that asks a teacher for more than a cache can hold; needs no file.
-
-    Raises:
-        SpecError: Names what it asks for, and what works instead.
-    """
-    fault = _fault_of_views(spec)
-    if fault is None and spec.assistant:
-        fault = "assistant: a cache holds what one teacher says: distil the assistant alone, and then cache that"
-    for index, term in enumerate(spec.distill.terms):
-        is_on_logits = isinstance(term, LD | KD | BinaryKD | BCKDBox)
-        if fault is None and not (is_on_logits and term.region in REGIONS):
-            mend = f"pass --set distill.terms.{index}.region=main" if is_on_logits else "leave the term out"
-            fault = (
-                f'distill.terms.{index}: "{term.kind}" looks at more than what the teacher says in the main region and '
-                f"the VLR, which is what a cache holds: {mend}, or pass --preset ld-full or ld-main"
-            )
-    if fault:
-        raise SpecError(fault)
-
-
-def _fault_of_views(spec: DistillSpec) -> str | None:
-    """Return why a cache cannot hold all views of the images, and what to change; none where it can."""
-    data, (low, high) = spec.data, spec.data.short_side
-    if low != high:
-        return (
-            f"data.short_side [{low}, {high}] is a range, which gives an image more views than a cache can hold: "
-            f"pass --set data.short_side=[{high},{high}]"
-        )
-    if not data.canvas:
-        return (
-            "data.canvas is false, so that what a teacher says of an image depends on the others of its batch: "
-            "pass --set data.canvas=true"
-        )
-    if spec.teacher.scale != 1:
-        return f"teacher.scale {spec.teacher.scale:g} does not go with a cache: pass --set teacher.scale=1"
-    if data.unlabelled is not None:
-        return (
-            "data.unlabelled: where to look in images without annotations only a teacher can say: pass --teacher FILE "
-            "instead of a cache, or leave it out"
-        )
-    return None
-
-
-def open_matching(spec: DistillSpec) -> TeacherCache:
-    """Open the cache of a run, before any data is read.
-
-    Raises:
-        SpecError: The run asks for more than a cache can hold, or for something else than this one holds.
-        CheckpointError: The cache is missing or damaged.
-    """
-    assert spec.teacher.cache is not None, "asked for where there is one"
-    check_recipe(spec)
-    path = Path(spec.teacher.cache)
-    cache = open_cache(path)
-    teacher = Path(spec.teacher.path or "")
-    if teacher.is_file() and checkpoint.sha256(teacher) != cache.header.teacher_sha256:
-        raise SpecError(
-            f"{path}: is not of {teacher}: leave out --teacher, or make a cache of it with `ldctl teacher cache`"
-        )
-    differs = {key: value for key, value in _built_for(cache.header, spec).items() if value[0] != value[1]}
-    if differs:
-        said = "; ".join(f"{key} {literal(held)}, not {literal(asked)}" for key, (held, asked) in differs.items())
-        mend = " ".join(f"--set {key}={literal(held).replace(' ', '')}" for key, (held, _) in differs.items())
-        raise SpecError(f"{path}: was made for {said}: pass {mend}, or make another with `ldctl teacher cache`")
-    return cache
-
-
-def _built_for(header: CacheHeader, spec: DistillSpec) -> dict[str, tuple[object, object]]:
-    """Return the keys on which views and regions depend: what a cache was made for, and what a run asks for."""
-    data, distill = spec.data, spec.distill
-    has_flips = set(flips(data)) <= set(header.flips)
-    # heads other than FCOS's have one rule
-    head = spec.student.head.kind
-    kind = head if assignment(spec) == header.assignment else {"fcos": "fcos", "atss": "gfl"}[header.assignment]
-    asked: dict[str, tuple[object, object]] = {
-        "data.short_side": ([header.short_side] * 2, list(data.short_side)),
-        "data.long_side": (header.long_side, data.long_side),
-        "data.flip": (data.flip if has_flips else float(header.flips[0]), data.flip),
-        "student.head.kind": (kind, head),
-    }
-    if any(term.region == "vlr" for term in distill.terms):
-        asked |= {"distill.vlr": (header.vlr, distill.vlr), "distill.gamma": (header.gamma, distill.gamma)}
-    return asked
-
-
-def check_data(cache: TeacherCache, match: ClassMatch, dataset: Dataset) -> None:
-    """Refuse a cache of other images or classes.
-
-    Raises:
-        DataError: They are not the same.
-    """
-    if not match.is_complete:
-        raise DataError(_other_classes(cache.path, match))
-    if cache.header.train_fingerprint != dataset.fingerprint:
-        raise DataError(
-            f"{cache.path}: is of other images or boxes than {dataset.name}: mend --data, or make a cache of these "
-            "with `ldctl teacher cache`"
-        )
-
-
-def _other_classes(path: Path, match: ClassMatch) -> str:
-    return (
-        f"{path}: the data has the classes {', '.join(match.student)}, the teacher {', '.join(match.teacher)}: a cache "
-        "needs the same: pass --teacher FILE without --cache, or say which are the same with "
-        "--set 'teacher.classes={...}'"
-    )
-
-
-def recall(cache: TeacherCache, setting: Setting) -> dict[str, Metrics]:
-    """Say what is known of a teacher that is not here; return its metrics by name, if they are of the same images."""
-    header = cache.header
-    is_same = header.metrics_fingerprint == setting.fingerprint and "ap" in header.metrics
-    said = f"teacher: not loaded, all that it says is in {cache.path}"
-    if "ap" in header.metrics:
-        said += f"; its file says AP {header.metrics['ap']:.3f} for {'the same images' if is_same else 'others'}"
-    note(said)
-    return {"teacher": Metrics(**header.metrics, per_class={})} if is_same else {}
-
-
-# --- building one ---------------------------------------------------------------------------------------------------
 
 
 def cache_teacher(spec: DistillSpec, target: Path | None, dtype: Dtype, *, quiet: bool = False) -> str:
@@ -197,7 +83,7 @@ def cache_teacher(spec: DistillSpec, target: Path | None, dtype: Dtype, *, quiet
     dataset = inspection.dataset
     match = compare_classes(meta.classes, spec, dataset.classes)
     if not match.is_complete:
-        raise DataError(_other_classes(source, match))
+        raise DataError(other_classes(source, match))
     bf16 = spec.train.bf16 and device.type == "cuda"
     header = header_of(spec, meta, checkpoint.sha256(source), dataset, dtype, bf16=bf16)
     note(predicted_size(spec, header, dataset, target))
@@ -251,6 +137,8 @@ def header_of(
         short_side=spec.data.short_side[1],
         long_side=spec.data.long_side,
         assignment=assignment(spec),
+        edge_regions=regions_read(spec, READS_EDGES),
+        cls_regions=regions_read(spec, READS_CLASSES),
         vlr=spec.distill.vlr,
         gamma=spec.distill.gamma,
         dtype=dtype,
@@ -277,35 +165,32 @@ def taught_rows(teacher: Detector, spec: DistillSpec, header: CacheHeader, batch
         dense = teacher(teacher.normalize(batch.images, batch.size_hw))
     assert len(dense.locations.level) == header.num_locations, "the batch is a canvas"
     locations = location_grid(dense.locations.level_hw, STRIDES, batch.images.device, spec.student.head.location_offset)
-    mask = may_be_looked_at(spec, locations, batch.targets, batch.size_hw)
-    row = mask.flatten().nonzero().squeeze(1)
-    ends = mask.sum(dim=1).cumsum(dim=0)[:-1].cpu().numpy()
+    masks = regions_told(spec, header, locations, batch.targets, batch.size_hw)
 
-    def split(value: Tensor) -> list[np.ndarray]:
-        return np.split(value.cpu().numpy(), ends)
+    def told(mask: Bool[Tensor, "B A"], *values: Tensor) -> list[list[np.ndarray]]:
+        row = mask.flatten().nonzero().squeeze(1)
+        ends = mask.sum(dim=1).cumsum(dim=0)[:-1].cpu().numpy()
+        chosen = [value.flatten(0, 1)[row].to(getattr(torch, header.dtype)) for value in values]
+        if not all(bool(value.isfinite().all()) for value in chosen):
+            mend = "pass --dtype float32" if header.dtype == "float16" else "cache another teacher"
+            raise SpecError(f"--dtype {header.dtype}: the teacher says what is not finite in it: {mend}")
+        return [np.split(part.cpu().numpy(), ends) for part in ((row % header.num_locations).int(), *chosen)]
 
-    def kept(value: Tensor) -> list[np.ndarray]:
-        chosen = value.flatten(0, 1)[row].to(getattr(torch, header.dtype))
-        if not chosen.isfinite().all():
-            raise SpecError(
-                f"--dtype {header.dtype}: the teacher's logits are beyond it: pass --dtype float32, or another teacher"
-            )
-        return split(chosen)
-
-    location = split((row % header.num_locations).int())
-    quality = kept(dense.quality) if dense.quality is not None else [None] * len(location)
-    parts = zip(location, kept(dense.edge), kept(dense.cls), quality, strict=True)
-    return [ViewRows(*part) for part in parts]
+    edges = told(masks[0], dense.edge)
+    classes = told(masks[1], dense.cls, *(() if dense.quality is None else (dense.quality,)))
+    without = () if header.has_quality else ([None] * len(batch.image_id),)
+    return [ViewRows(*parts) for parts in zip(*edges, *classes, *without, strict=True)]
 
 
 @torch.no_grad()
-def may_be_looked_at(
-    spec: DistillSpec, locations: Locations, targets: Targets, size_hw: Int[Tensor, "B 2"]
-) -> Bool[Tensor, "B A"]:
-    """Tell which locations are in the main region or in the VLR; follows from the objects alone.
+def regions_told(
+    spec: DistillSpec, header: CacheHeader, locations: Locations, targets: Targets, size_hw: Int[Tensor, "B 2"]
+) -> tuple[Bool[Tensor, "B A"], Bool[Tensor, "B A"]]:
+    """Tell at which locations a cache tells edges and classes; follows from the objects alone.
 
     Args:
         spec: The student's head, whose rule assigns objects, and how the VLR is drawn.
+        header: In which regions.
         locations: The student's.
         targets: Objects.
         size_hw: Sizes of the images.
@@ -314,7 +199,13 @@ def may_be_looked_at(
     assigned = rule(locations, targets, padded_hw(size_hw), 1)  # which class is of no interest
     vlr = vlr_region(spec.distill, assigned, targets, locations)
     assert isinstance(vlr.row, Tensor), "some locations, not all"
-    return assigned.is_positive.flatten().index_fill(0, vlr.row, True).view_as(assigned.is_positive)
+    nowhere = torch.zeros_like(assigned.is_positive)
+    masks = {"main": assigned.is_positive, "vlr": nowhere.flatten().index_fill(0, vlr.row, True).view_as(nowhere)}
+    edge, cls = (
+        torch.stack([nowhere, *(masks[name] for name in regions)]).any(dim=0)
+        for regions in (header.edge_regions, header.cls_regions)
+    )
+    return edge, cls
 
 
 def predicted_size(spec: DistillSpec, header: CacheHeader, dataset: Dataset, target: Path) -> str:
@@ -325,8 +216,8 @@ def predicted_size(spec: DistillSpec, header: CacheHeader, dataset: Dataset, tar
     """
     views = [view for batch in view_plan(dataset, header.batch, header.flips) for view in batch]
     probed = views[:: max(len(views) // PROBED_VIEWS, 1)]
-    num_rows = sum(_count_rows(spec, dataset, *view) for view in probed)
-    size = len(header.packed()) + header.num_views * (num_rows / len(probed) * header.row_bytes + 12)
+    records = sum(_record_bytes(spec, header, dataset, *view) for view in probed)
+    size = len(header.packed()) + header.num_views * (records / len(probed) + ENTRY.itemsize)
     folder = next(path for path in target.absolute().parents if path.exists())
     begun = partial_path(target)
     free = shutil.disk_usage(folder).free + (begun.stat().st_blocks * 512 if begun.exists() else 0)
@@ -336,14 +227,16 @@ def predicted_size(spec: DistillSpec, header: CacheHeader, dataset: Dataset, tar
     return f"{said}; {_mb(free)} are free"
 
 
-def _count_rows(spec: DistillSpec, dataset: Dataset, index: int, is_flipped: bool) -> int:
+def _record_bytes(spec: DistillSpec, header: CacheHeader, dataset: Dataset, index: int, is_flipped: bool) -> int:
+    """Return the size of a view's record; reads no pixels."""
     sample = dataset.samples[index]
     view = fixed_view(sample, spec.data, is_flipped)
     is_wide = sample.width > sample.height
     sizes = _level_sizes(spec.data, is_wide=is_wide)
     locations = location_grid(sizes, STRIDES, torch.device("cpu"), spec.student.head.location_offset)
     targets = padded([place(sample, view)], 1)
-    return int(may_be_looked_at(spec, locations, targets, torch.tensor([[view.height, view.width]])).sum())
+    edge, cls = regions_told(spec, header, locations, targets, torch.tensor([[view.height, view.width]]))
+    return header.record_bytes(int(edge.sum()), int(cls.sum()))
 
 
 def _level_sizes(data: DataSpec, *, is_wide: bool = True) -> tuple[tuple[int, int], ...]:
@@ -353,15 +246,16 @@ def _level_sizes(data: DataSpec, *, is_wide: bool = True) -> tuple[tuple[int, in
     return tuple((-(-height // stride), -(-width // stride)) for stride in STRIDES)
 
 
-def flips(data: DataSpec) -> tuple[bool, ...]:
-    """Return whether views are mirrored: never, always, or either."""
-    return {0.0: (False,), 1.0: (True,)}.get(data.flip, (False, True))
-
-
-def assignment(spec: DistillSpec) -> Literal["atss", "fcos"]:
-    """Return the rule by which the student's head assigns objects."""
-    return "fcos" if spec.student.head.kind == "fcos" else "atss"
-
-
 def _mb(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def recall(cache: TeacherCache, setting: Setting) -> dict[str, Metrics]:
+    """Say what is known of a teacher that is not here; return its metrics by name, if they are of the same images."""
+    header = cache.header
+    is_same = header.metrics_fingerprint == setting.fingerprint and "ap" in header.metrics
+    said = f"teacher: not loaded, all that it says is in {cache.path}"
+    if "ap" in header.metrics:
+        said += f"; its file says AP {header.metrics['ap']:.3f} for {'the same images' if is_same else 'others'}"
+    note(said)
+    return {"teacher": Metrics(**header.metrics, per_class={})} if is_same else {}

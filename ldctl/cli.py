@@ -208,7 +208,7 @@ def teacher_cache(
             "device": device,
         }
     )
-    spec = engine.distill_spec(preset, flags, assignments or [], resume=False)
+    spec = engine.cache_spec(preset, flags, assignments or [])
     typer.echo(caching.cache_teacher(spec, output, dtype.value, quiet=quiet))
 
 

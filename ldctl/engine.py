@@ -27,7 +27,8 @@ from ldctl.assemble import (
     read_annotations,
     start,
 )
-from ldctl.caching import check_data, open_matching, recall
+from ldctl.cacheable import check_data, default_terms, open_matching
+from ldctl.caching import recall
 from ldctl.checkpoint import CheckpointMeta
 from ldctl.classes import ClassMatch
 from ldctl.data import DataSpec, in_class_order, open_dataset
@@ -75,7 +76,12 @@ def teacher_spec(
 def distill_spec(
     preset: str | None, flags: Mapping[str, object], assignments: Sequence[str], *, resume: bool
 ) -> DistillSpec:
-    """Resolve the spec of `ldctl distill`; a resumed run starts from its own."""
+    """Resolve the spec of `ldctl distill`; a resumed run starts from its own.
+
+    Without a preset, a run from a cache has the default terms where a cache tells something.
+    """
+    if "teacher.cache" in flags and not preset and not resume:
+        flags = {"distill.terms": default_terms(), **flags}
     spec = _load(DistillSpec, preset or _saved_spec(flags, resume), flags, assignments)
     if spec.output:
         return spec
@@ -83,6 +89,11 @@ def distill_spec(
     if not preset or {"student.backbone", "student.backbone.depth"} & set(flags):  # one recipe serves several students
         parts.append(_short(spec.student))
     return spec.model_copy(update={"output": f"runs/{'-'.join(parts)}"})
+
+
+def cache_spec(preset: str | None, flags: Mapping[str, object], assignments: Sequence[str]) -> DistillSpec:
+    """Resolve the spec of the run for which `ldctl teacher cache` works."""
+    return _load(DistillSpec, preset, ({} if preset else {"distill.terms": default_terms()}) | dict(flags), assignments)
 
 
 def eval_spec(path: Path, flags: Mapping[str, object], assignments: Sequence[str]) -> EvalSpec:

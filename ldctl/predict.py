@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,13 +64,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return value.to(device, non_blocking=True)
 
     targets = Targets(*(move(value) for value in vars(batch.targets).values()))
-    taught = batch.taught and replace(
-        batch.taught,
-        row=move(batch.taught.row),
-        edge=move(batch.taught.edge),
-        cls=move(batch.taught.cls),
-        quality=None if batch.taught.quality is None else move(batch.taught.quality),
-    )
+    taught = batch.taught
+    if taught:
+        tensors = {name: value for name, value in vars(taught).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: move(value) for name, value in tensors.items()}
+        taught = replace(taught, **moved)
     other = batch.for_teacher and Scaled(move(batch.for_teacher.images), move(batch.for_teacher.size_hw))
     return Batch(
         images=move(batch.images),

@@ -203,15 +203,15 @@ def recalled(taught: TeacherRows, student: Dense) -> Pair:
     num_images, num_locations = student.cls.shape[:2]
     assert taught.num_locations == num_locations, "the batch is a canvas"
 
-    def placed(value: Tensor) -> Tensor:
+    def placed(value: Tensor, row: Tensor) -> Tensor:
         full = value.new_zeros((num_images * num_locations, *value.shape[1:]), dtype=torch.float32)
-        return full.index_copy(0, taught.row, value.float()).view(num_images, num_locations, *value.shape[1:])
+        return full.index_copy(0, row, value.float()).view(num_images, num_locations, *value.shape[1:])
 
     teacher = replace(
         student,
-        cls=placed(taught.cls),
-        edge=placed(taught.edge),
-        quality=None if taught.quality is None else placed(taught.quality),
+        cls=placed(taught.cls, taught.cls_row),
+        edge=placed(taught.edge, taught.edge_row),
+        quality=None if taught.quality is None else placed(taught.quality, taught.cls_row),
     )
     return Pair(student, teacher)
 
@@ -334,12 +334,16 @@ def split(batch: Batch, parts: int) -> list[Batch]:
 
 def rows_of(taught: TeacherRows, images: slice) -> TeacherRows:
     """Return the rows of some images that stand together, which count as images from 0 on."""
-    rows = slice(sum(taught.num_rows[: images.start]), sum(taught.num_rows[: images.stop]))
-    return replace(
-        taught,
-        row=taught.row[rows] - images.start * taught.num_locations,
-        edge=taught.edge[rows],
-        cls=taught.cls[rows],
-        quality=None if taught.quality is None else taught.quality[rows],
-        num_rows=taught.num_rows[images],
+    before, until = taught.counts[: images.start], taught.counts[: images.stop]
+    edges = slice(sum(count for count, _ in before), sum(count for count, _ in until))
+    classes = slice(sum(count for _, count in before), sum(count for _, count in until))
+    first = images.start * taught.num_locations
+    return TeacherRows(
+        edge_row=taught.edge_row[edges] - first,
+        edge=taught.edge[edges],
+        cls_row=taught.cls_row[classes] - first,
+        cls=taught.cls[classes],
+        quality=None if taught.quality is None else taught.quality[classes],
+        counts=taught.counts[images],
+        num_locations=taught.num_locations,
     )

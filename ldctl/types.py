@@ -131,19 +131,21 @@ class TeacherRows:
     """What a teacher said of some locations of a batch's images, computed before.
 
     Attributes:
-        row: `image * num_locations + location`, ascending.
-        edge: Logits of the edge distributions.
-        cls: Class logits.
-        quality: See `Dense`.
-        num_rows: Rows of each image.
+        edge_row: `image * num_locations + location`, ascending.
+        edge: Logits of the edge distributions there.
+        cls_row: The same for classes.
+        cls: Class logits there.
+        quality: See `Dense`; where the class logits are.
+        counts: For each image the number of rows with edges, and of those with classes.
         num_locations: Locations of each image.
     """
 
-    row: Int[Tensor, " N"]
+    edge_row: Int[Tensor, " N"]
     edge: Float[Tensor, "N 4 R"]
-    cls: Float[Tensor, "N C"]
-    quality: Float[Tensor, " N"] | None
-    num_rows: tuple[int, ...]
+    cls_row: Int[Tensor, " M"]
+    cls: Float[Tensor, "M C"]
+    quality: Float[Tensor, " M"] | None
+    counts: tuple[tuple[int, int], ...]
     num_locations: int
 
 

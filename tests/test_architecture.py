@@ -29,7 +29,7 @@ LAYERS = (
         "log",
     },
     {"spec"},
-    {"step", "predict"},
+    {"step", "predict", "cacheable"},
     {"trainer", "run_folder"},
     {"assemble"},
     {"caching"},

@@ -80,8 +80,8 @@ class CacheWriter:
         entries = self._index[first : int(self._ends[self.num_done])]
         records = [rows.packed() for rows in batch]
         for slot, (rows, record) in enumerate(zip(batch, records, strict=True)):
-            number, count = int(self._views[first + slot]), len(rows.location)
-            entries[slot] = (number, count, entry_crc(self._seed, number, count, record))
+            entry = int(self._views[first + slot]), len(rows.edge_location), len(rows.cls_location)
+            entries[slot] = (*entry, entry_crc(self._seed, *entry, record))
         try:
             _write_at(self._handle, b"".join(records), self.num_bytes)
             _write_at(self._handle, entries.tobytes(), len(self._head) + first * ENTRY.itemsize)
@@ -132,19 +132,19 @@ class CacheWriter:
         entries = np.zeros_like(self._index)
         there = np.frombuffer(os.pread(self._handle, entries.nbytes, len(self._head)), np.uint8)
         entries.view(np.uint8)[: len(there)] = there
-        end, num_whole = self._start, 0
-        for number, (found, count, crc) in zip(self._views.tolist(), entries.tolist(), strict=True):
-            length = count * self._header.row_bytes
-            if found != number or end + length > size:
+        ends = [self._start]
+        for number, (found, num_edge, num_cls, crc) in zip(self._views.tolist(), entries.tolist(), strict=True):
+            length = self._header.record_bytes(num_edge, num_cls)
+            if found != number or ends[-1] + length > size:
                 break
-            if entry_crc(self._seed, number, count, os.pread(self._handle, length, end)) != crc:
+            record = os.pread(self._handle, length, ends[-1])
+            if entry_crc(self._seed, number, num_edge, num_cls, record) != crc:
                 break
-            end += length
-            num_whole += 1
-        num_done = int(np.searchsorted(self._ends, num_whole, side="right"))
+            ends.append(ends[-1] + length)
+        num_done = int(np.searchsorted(self._ends, len(ends) - 1, side="right"))
         kept = int(self._ends[num_done - 1]) if num_done else 0
         self._index[:kept] = entries[:kept]
-        self.num_bytes = self._start + int(self._index["num_rows"].sum(dtype=np.int64)) * self._header.row_bytes
+        self.num_bytes = ends[kept]
         os.ftruncate(self._handle, self.num_bytes)
         return num_done
 

@@ -262,9 +262,9 @@ class _Batches(TorchDataset[_Packed | LdctlError]):
         objects = [place(s, view) for s, view in zip(samples, plan.views, strict=True)] if self.with_targets else []
         targets = padded(objects, len(samples))
         sizes_hw = [_sizes_hw([scaled(view, scale) for view in plan.views]) for scale in scales]
-        num_rows, taught = _taught(self.cache, plan) if self.cache else ([0] * len(samples), ())
+        counts, taught = _taught(self.cache, plan) if self.cache else ([(0, 0)] * len(samples), ())
         about = torch.tensor(
-            [(s.height, s.width, s.image_id, s.is_labelled, count) for s, count in zip(samples, num_rows, strict=True)],
+            [(s.height, s.width, s.image_id, s.is_labelled, *told) for s, told in zip(samples, counts, strict=True)],
             dtype=torch.int64,
         )
         return about, targets.gt_xyxy, targets.gt_label, targets.is_object, *taught, *shown, *sizes_hw
@@ -284,15 +284,20 @@ def padded(objects: Sequence[Objects], num_images: int) -> Targets:
     return Targets(gt_xyxy=xyxy, gt_label=label, is_object=is_object)
 
 
-def _taught(cache: TeacherCache, plan: _Plan) -> tuple[list[int], _Packed]:
-    """Return the number of rows of each view, and the rows of all: where they are, then their logits."""
+def _taught(cache: TeacherCache, plan: _Plan) -> tuple[list[tuple[int, int]], _Packed]:
+    """Return how many edges and classes are told of each view, and where and what, as in `TeacherRows`."""
     views = [cache.view(index, view.is_flipped) for index, view in zip(plan.index, plan.views, strict=True)]
-    size = cache.header.num_locations
-    row = np.concatenate([image * size + one.location.astype(np.int64) for image, one in enumerate(views)])
-    values = [np.concatenate([one.edge for one in views]), np.concatenate([one.cls for one in views])]
+    first = np.arange(len(views), dtype=np.int64) * cache.header.num_locations
+    values = [
+        np.concatenate([start + one.edge_location for start, one in zip(first, views, strict=True)]),
+        np.concatenate([one.edge for one in views]),
+        np.concatenate([start + one.cls_location for start, one in zip(first, views, strict=True)]),
+        np.concatenate([one.cls for one in views]),
+    ]
     if cache.header.has_quality:
         values.append(np.concatenate([one.quality for one in views if one.quality is not None]))
-    return [len(one.location) for one in views], tuple(torch.from_numpy(value) for value in (row, *values))
+    counts = [(len(one.edge_location), len(one.cls_location)) for one in views]
+    return counts, tuple(torch.from_numpy(value) for value in values)
 
 
 def _load(batches: _Batches, steps: range, workers: int) -> Generator[Batch, None, None]:
@@ -315,7 +320,7 @@ def _load(batches: _Batches, steps: range, workers: int) -> Generator[Batch, Non
             if isinstance(packed, LdctlError):
                 raise packed
             about, xyxy, label, is_object, *rest = packed
-            count = 3 + batches.cache.header.has_quality if batches.cache else 0
+            count = 4 + batches.cache.header.has_quality if batches.cache else 0
             taught, shown = rest[:count], rest[count:]
             images, sizes_hw = shown[: len(shown) // 2], shown[len(shown) // 2 :]
             yield Batch(
@@ -326,7 +331,7 @@ def _load(batches: _Batches, steps: range, workers: int) -> Generator[Batch, Non
                 targets=Targets(gt_xyxy=xyxy, gt_label=label, is_object=is_object),
                 for_teacher=Scaled(images[1], sizes_hw[1]) if len(images) > 1 else None,
                 is_labelled=None if is_annotated else about[:, 3].bool(),
-                taught=_teacher_rows(batches.cache, about[:, 4].tolist(), taught) if batches.cache else None,
+                taught=_teacher_rows(batches.cache, about[:, 4:].tolist(), taught) if batches.cache else None,
             )
     finally:
         # An error's traceback keeps the iterator alive to the end of the process, which would then wait for workers
@@ -335,14 +340,15 @@ def _load(batches: _Batches, steps: range, workers: int) -> Generator[Batch, Non
             iterator._shutdown_workers()
 
 
-def _teacher_rows(cache: TeacherCache, num_rows: list[int], tensors: Sequence[Tensor]) -> TeacherRows:
-    row, edge, cls, *quality = tensors
+def _teacher_rows(cache: TeacherCache, counts: list[list[int]], tensors: Sequence[Tensor]) -> TeacherRows:
+    edge_row, edge, cls_row, cls, *quality = tensors
     return TeacherRows(
-        row=row,
+        edge_row=edge_row,
         edge=edge,
+        cls_row=cls_row,
         cls=cls,
         quality=quality[0] if quality else None,
-        num_rows=tuple(num_rows),
+        counts=tuple((num_edge, num_cls) for num_edge, num_cls in counts),
         num_locations=cache.header.num_locations,
     )
 

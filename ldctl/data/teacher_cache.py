@@ -7,11 +7,12 @@ as an image is shown in finitely many ways: at one scale, mirrored or not. Only 
 | --- | --- |
 | `MAGIC`, length of the header, SHA-256 of the header | 8, 8, 32 |
 | header: `CacheHeader` as JSON | as said |
-| index: for every view its number, its number of rows, and a CRC-32 | 12 for each view |
-| records, in the order of the index, with nothing between | `CacheHeader.row_bytes` for each row |
+| index: for every view its number, how many edges and classes are told, and a CRC-32 | 16 for each view |
+| records, in the order of the index, with nothing between | `CacheHeader.record_bytes` |
 
-A view's number is `2 * image + is_flipped`. Its record holds the locations of its rows (int32, ascending, on the grid
-of the view's canvas), then their edge logits, their class logits, and the logits of their quality, where there are any.
+A view's number is `2 * image + is_flipped`. Its record holds the locations whose edges are told and those whose classes
+are (int32, ascending, on the grid of the view's canvas), then the edge logits of the ones, and the class logits of the
+others, with the logits of their quality, where the teacher has any.
 The header holds the hash of the index, and a CRC-32 is of the header (without that hash), the entry and the record, so
 that every byte of the file is checked: header and index when it is opened, a record whenever it is read.
 """
@@ -33,11 +34,12 @@ from ldctl.schema import Spec
 MAGIC = b"ldcache\x01"  # the last byte is the version of the format
 PREFIX = len(MAGIC) + 8 + 32
 MAX_HEADER = 1 << 22  # bytes; of which class names are most
-ENTRY = np.dtype([("view", "<u4"), ("num_rows", "<u4"), ("crc", "<u4")])
+ENTRY = np.dtype([("view", "<u4"), ("num_edge", "<u4"), ("num_cls", "<u4"), ("crc", "<u4")])
 UNFINISHED = "0" * 64  # in the place of the index's hash
 MAX_IMAGES = 2**31  # so that the number of a view has 32 bits
 
 Dtype = Literal["float16", "float32"]
+CachedRegion = Literal["main", "vlr"]  # which follow from the objects alone, and are small
 
 
 class CacheHeader(Spec):
@@ -55,6 +57,8 @@ class CacheHeader(Spec):
         short_side: Pixels of the shorter side of an image.
         long_side: Most pixels of the longer side.
         assignment: The rule by which the student's head assigns objects.
+        edge_regions: Where it tells edges.
+        cls_regions: Where it tells classes.
         vlr: How the VLR is drawn.
         gamma: Lower end of the VLR.
         dtype: Of the logits.
@@ -81,6 +85,8 @@ class CacheHeader(Spec):
     short_side: int
     long_side: int
     assignment: Literal["atss", "fcos"]
+    edge_regions: tuple[CachedRegion, ...]
+    cls_regions: tuple[CachedRegion, ...]
     vlr: str
     gamma: float
     dtype: Dtype
@@ -102,10 +108,11 @@ class CacheHeader(Spec):
         """Return the number of views."""
         return self.num_images * len(self.flips)
 
-    @property
-    def row_bytes(self) -> int:
-        """Return the bytes of a row: its location and its logits."""
-        return 4 + np.dtype(self.dtype).itemsize * (4 * self.num_bins + len(self.classes) + self.has_quality)
+    def record_bytes(self, num_edge: int, num_cls: int) -> int:
+        """Return the size of a record."""
+        size = np.dtype(self.dtype).itemsize
+        edge, cls = 4 * self.num_bins, len(self.classes) + self.has_quality
+        return num_edge * (4 + size * edge) + num_cls * (4 + size * cls)
 
     def packed(self) -> bytes:
         """Return everything that stands before the index."""
@@ -118,21 +125,23 @@ class ViewRows:
     """What the teacher says of the locations of one view that matter.
 
     Attributes:
-        location: Ascending.
-        edge: Logits of the edge distributions.
-        cls: Class logits.
-        quality: Logits; none where the teacher has none.
+        edge_location: Ascending.
+        edge: Logits of the edge distributions there.
+        cls_location: Ascending.
+        cls: Class logits there.
+        quality: Logits there; none where the teacher has none.
     """
 
-    location: Int32[np.ndarray, " N"]
+    edge_location: Int32[np.ndarray, " N"]
     edge: Float[np.ndarray, "N 4 R"]
-    cls: Float[np.ndarray, "N C"]
-    quality: Float[np.ndarray, " N"] | None
+    cls_location: Int32[np.ndarray, " M"]
+    cls: Float[np.ndarray, "M C"]
+    quality: Float[np.ndarray, " M"] | None
 
     def packed(self) -> bytes:
         """Return the record."""
-        parts = (self.location, self.edge, self.cls, *(() if self.quality is None else (self.quality,)))
-        return b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
+        parts = (self.edge_location, self.cls_location, self.edge, self.cls, self.quality)
+        return b"".join(np.ascontiguousarray(part).tobytes() for part in parts if part is not None)
 
 
 @dataclass(frozen=True)
@@ -142,19 +151,19 @@ class TeacherCache:
     Attributes:
         path: The file.
         header: What it holds.
-        start: Where the records start, bytes from the start of the file.
         seed: See `CacheHeader`.
-        first_row: Rows before each view's record, by the number of the view.
-        num_rows: Rows of each view; -1 for views that the cache does not hold.
+        offset: Where the record of each view starts in the file, by the number of the view.
+        num_edge: Rows with edges of each view; -1 for views that the cache does not hold.
+        num_cls: The same of rows with classes.
         crc: CRC-32 of each view.
     """
 
     path: Path
     header: CacheHeader
-    start: int
     seed: int
-    first_row: Int64[np.ndarray, " V"]
-    num_rows: Int64[np.ndarray, " V"]
+    offset: Int64[np.ndarray, " V"]
+    num_edge: Int64[np.ndarray, " V"]
+    num_cls: Int64[np.ndarray, " V"]
     crc: Int64[np.ndarray, " V"]
 
     @property
@@ -163,7 +172,7 @@ class TeacherCache:
         return hashlib.sha256(self.header.packed()).hexdigest()
 
     def view(self, image: int, is_flipped: bool) -> ViewRows:
-        """Read the rows of a view.
+        """Read what the teacher says of a view.
 
         Args:
             image: Position of the image in the training set.
@@ -172,21 +181,26 @@ class TeacherCache:
         Raises:
             CheckpointError: The record is damaged, or the file was cut or taken away since it was opened.
         """
-        header, number = self.header, view_number(image, is_flipped)
-        count = int(self.num_rows[number])
-        assert count >= 0, "the run's flips were held against the cache's"
-        offset, size = self.start + int(self.first_row[number]) * header.row_bytes, count * header.row_bytes
+        number = view_number(image, is_flipped)
+        counts = int(self.num_edge[number]), int(self.num_cls[number])
+        assert min(counts) >= 0, "the run's flips were held against the cache's"
+        size = self.header.record_bytes(*counts)
         try:
             # mapped anew each time: that costs less than a millisecond, and tells a file that has shrunk
-            record = np.memmap(self.path, np.uint8, "r", offset, (size,)).tobytes() if size else b""
+            mapped = np.memmap(self.path, np.uint8, "r", int(self.offset[number]), (size,)) if size else np.empty(0)
+            record = mapped.tobytes()
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: cannot be read any more ({error}): put it back") from error
-        if entry_crc(self.seed, number, count, record) != self.crc[number]:
+        if entry_crc(self.seed, number, *counts, record) != self.crc[number]:
             raise _damaged(self.path, f"what it says of image {image} of the data set is not what was written")
-        rows = unpacked(record, count, header)
-        if count and not (rows.location[-1] < header.num_locations and (np.diff(rows.location, prepend=-1) > 0).all()):
+        rows = unpacked(record, *counts, self.header)
+        if not all(_is_ascending(each, self.header.num_locations) for each in (rows.edge_location, rows.cls_location)):
             raise _damaged(self.path, f"image {image} of the data set has locations that there are not")
         return rows
+
+
+def _is_ascending(location: Int32[np.ndarray, " N"], limit: int) -> bool:
+    return not len(location) or bool(location[-1] < limit and (np.diff(location, prepend=-1) > 0).all())
 
 
 def view_number(image: int, is_flipped: bool) -> int:
@@ -194,22 +208,24 @@ def view_number(image: int, is_flipped: bool) -> int:
     return 2 * image + is_flipped
 
 
-def entry_crc(seed: int, number: int, num_rows: int, record: bytes) -> int:
+def entry_crc(seed: int, number: int, num_edge: int, num_cls: int, record: bytes) -> int:
     """Return the CRC-32 of the header, an entry of the index, and its record."""
-    return zlib.crc32(record, zlib.crc32(number.to_bytes(4, "little") + num_rows.to_bytes(4, "little"), seed))
+    entry = b"".join(value.to_bytes(4, "little") for value in (number, num_edge, num_cls))
+    return zlib.crc32(record, zlib.crc32(entry, seed))
 
 
-def unpacked(record: bytes, num_rows: int, header: CacheHeader) -> ViewRows:
-    """Return the rows of a record; their arrays share its memory."""
-    dtype = np.dtype(header.dtype).newbyteorder("<")
-    num_edge, num_cls = num_rows * 4 * header.num_bins, num_rows * len(header.classes)
-    location = np.frombuffer(record, "<i4", num_rows)
-    value = np.frombuffer(record, dtype, offset=location.nbytes)
+def unpacked(record: bytes, num_edge: int, num_cls: int, header: CacheHeader) -> ViewRows:
+    """Return what a record says; its arrays share the record's memory."""
+    location = np.frombuffer(record, "<i4", num_edge + num_cls)
+    logits = np.frombuffer(record, np.dtype(header.dtype).newbyteorder("<"), offset=location.nbytes)
+    sizes = (num_edge * 4 * header.num_bins, num_cls * len(header.classes))
+    edge, cls, quality = np.split(logits, np.cumsum(sizes))
     return ViewRows(
-        location=location,
-        edge=value[:num_edge].reshape(num_rows, 4, header.num_bins),
-        cls=value[num_edge : num_edge + num_cls].reshape(num_rows, len(header.classes)),
-        quality=value[num_edge + num_cls :] if header.has_quality else None,
+        edge_location=location[:num_edge],
+        edge=edge.reshape(num_edge, 4, header.num_bins),
+        cls_location=location[num_edge:],
+        cls=cls.reshape(num_cls, len(header.classes)),
+        quality=quality if header.has_quality else None,
     )
 
 
@@ -236,18 +252,16 @@ def open_cache(path: Path) -> TeacherCache:
     if hashlib.sha256(index).hexdigest() != header.index_sha256:
         raise _damaged(path, "the index is not what was written")
     entries = np.frombuffer(index, ENTRY)
-    count = entries["num_rows"].astype(np.int64)
-    expected = start + int(count.sum()) * header.row_bytes
+    number, num_edge, num_cls, crc = (entries[name].astype(np.int64) for name in ENTRY.names or ())
+    sizes = header.record_bytes(1, 0) * num_edge + header.record_bytes(0, 1) * num_cls
+    expected = start + int(sizes.sum())
     if size != expected:
         raise _damaged(path, f"{size} bytes instead of {expected}")
-    number = entries["view"].astype(np.int64)
     if not np.array_equal(np.sort(number), view_numbers(header)):
         raise _damaged(path, "the index does not name each view once")
-    arrays = (np.cumsum(count) - count, count, entries["crc"].astype(np.int64))
-    by_view = [np.full(2 * header.num_images, -1, dtype=np.int64) for _ in arrays]
-    for target, values in zip(by_view, arrays, strict=True):
-        target[number] = values
-    return TeacherCache(path, header, start, header.seed, *by_view)
+    by_view = np.full((4, 2 * header.num_images), -1, dtype=np.int64)
+    by_view[:, number] = start + np.cumsum(sizes) - sizes, num_edge, num_cls, crc
+    return TeacherCache(path, header, header.seed, *by_view)
 
 
 def view_numbers(header: CacheHeader) -> Int64[np.ndarray, " V"]:

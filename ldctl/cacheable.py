@@ -1,0 +1,168 @@
+"""Which runs can learn from a teacher's cache, what it has to hold for them, and whether a given one does."""
+
+from pathlib import Path
+from types import UnionType
+from typing import Literal, get_args
+
+from ldctl import checkpoint
+from ldctl.classes import ClassMatch
+from ldctl.data import DataSpec
+from ldctl.data.teacher_cache import CachedRegion, CacheHeader, TeacherCache, open_cache
+from ldctl.distill import KD, LD, BCKDBox, BinaryKD
+from ldctl.errors import DataError, SpecError
+from ldctl.spec import DistillationSpec, DistillSpec
+from ldctl.toml_text import literal
+from ldctl.types import Dataset
+
+READS_EDGES = LD | BCKDBox
+READS_CLASSES = KD | BinaryKD | BCKDBox
+
+
+def default_terms() -> list[dict[str, object]]:
+    """Return the terms of a run without a preset, each where a cache can tell something."""
+    return [
+        {"kind": term.kind, **term.model_dump(exclude_defaults=True)}
+        | ({"region": "main"} if term.region not in get_args(CachedRegion) else {})
+        for term in DistillationSpec().terms
+    ]
+
+
+def check_recipe(spec: DistillSpec) -> None:
+    """Refuse a run that asks a teacher for more than a cache can hold; needs no file.
+
+    Raises:
+        SpecError: Names what it asks for, and what works instead.
+    """
+    fault = _fault_of_views(spec)
+    if fault is None and spec.assistant:
+        fault = "assistant: a cache holds what one teacher says: distil the assistant alone, and then cache that"
+    for index, term in enumerate(spec.distill.terms):
+        is_on_logits = isinstance(term, READS_EDGES | READS_CLASSES)
+        if fault is None and not (is_on_logits and term.region in get_args(CachedRegion)):
+            mend = f"pass --set distill.terms.{index}.region=main" if is_on_logits else "leave the term out"
+            fault = (
+                f'distill.terms.{index}: "{term.kind}" looks at more than what the teacher says in the main region and '
+                f"the VLR, which is what a cache holds: {mend}, or pass --preset ld-full or ld-main"
+            )
+    if fault:
+        raise SpecError(fault)
+
+
+def _fault_of_views(spec: DistillSpec) -> str | None:
+    """Return why a cache cannot hold all views of the images, and what to change; none where it can."""
+    data, (low, high) = spec.data, spec.data.short_side
+    if low != high:
+        return (
+            f"data.short_side [{low}, {high}] is a range, which gives an image more views than a cache can hold: "
+            f"pass --set data.short_side=[{high},{high}]"
+        )
+    if not data.canvas:
+        return (
+            "data.canvas is false, so that what a teacher says of an image depends on the others of its batch: "
+            "pass --set data.canvas=true"
+        )
+    if spec.teacher.scale != 1:
+        return f"teacher.scale {spec.teacher.scale:g} does not go with a cache: pass --set teacher.scale=1"
+    if data.unlabelled is not None:
+        return (
+            "data.unlabelled: where to look in images without annotations only a teacher can say: pass --teacher FILE "
+            "instead of a cache, or leave it out"
+        )
+    return None
+
+
+def open_matching(spec: DistillSpec) -> TeacherCache:
+    """Open the cache of a run, before any data is read.
+
+    Raises:
+        SpecError: The run asks for more than a cache can hold, or for something else than this one holds.
+        CheckpointError: The cache is missing or damaged.
+    """
+    assert spec.teacher.cache is not None, "asked for where there is one"
+    check_recipe(spec)
+    path = Path(spec.teacher.cache)
+    cache = open_cache(path)
+    teacher = Path(spec.teacher.path or "")
+    if teacher.is_file() and checkpoint.sha256(teacher) != cache.header.teacher_sha256:
+        raise SpecError(
+            f"{path}: is not of {teacher}: leave out --teacher, or make a cache of it with `ldctl teacher cache`"
+        )
+    differs = {key: value for key, value in _built_for(cache.header, spec).items() if value[0] != value[1]}
+    if differs:
+        said = "; ".join(f"{key} {literal(held)}, not {literal(asked)}" for key, (held, asked) in differs.items())
+        mend = " ".join(f"--set {key}={literal(held).replace(' ', '')}" for key, (held, _) in differs.items())
+        raise SpecError(f"{path}: was made for {said}: pass {mend}, or make another with `ldctl teacher cache`")
+    for index, term in enumerate(spec.distill.terms):
+        lacking = [
+            name for name, reads, held in _told(cache.header) if isinstance(term, reads) and term.region not in held
+        ]
+        if lacking:
+            raise SpecError(
+                f'{path}: tells no {" and ".join(lacking)} in the region of distill.terms.{index} ("{term.kind}", '
+                f'"{term.region}"), since it was made for a recipe that needs none: make another with '
+                "`ldctl teacher cache` and this recipe, or leave the term out"
+            )
+    return cache
+
+
+def _built_for(header: CacheHeader, spec: DistillSpec) -> dict[str, tuple[object, object]]:
+    """Return the keys on which views and regions depend: what a cache was made for, and what a run asks for."""
+    data, distill = spec.data, spec.distill
+    has_flips = set(flips(data)) <= set(header.flips)
+    # heads other than FCOS's have one rule
+    head = spec.student.head.kind
+    kind = head if assignment(spec) == header.assignment else {"fcos": "fcos", "atss": "gfl"}[header.assignment]
+    asked: dict[str, tuple[object, object]] = {
+        "data.short_side": ([header.short_side] * 2, list(data.short_side)),
+        "data.long_side": (header.long_side, data.long_side),
+        "data.flip": (data.flip if has_flips else float(header.flips[0]), data.flip),
+        "student.head.kind": (kind, head),
+    }
+    if any(term.region == "vlr" for term in distill.terms):
+        asked |= {"distill.vlr": (header.vlr, distill.vlr), "distill.gamma": (header.gamma, distill.gamma)}
+    return asked
+
+
+def _told(header: CacheHeader) -> tuple[tuple[str, UnionType, tuple[CachedRegion, ...]], ...]:
+    """Return for edges and classes what they are called, which terms read them, and where they are told."""
+    return ("edges", READS_EDGES, header.edge_regions), ("classes", READS_CLASSES, header.cls_regions)
+
+
+def check_data(cache: TeacherCache, match: ClassMatch, dataset: Dataset) -> None:
+    """Refuse a cache of other images or classes.
+
+    Raises:
+        DataError: They are not the same.
+    """
+    if not match.is_complete:
+        raise DataError(other_classes(cache.path, match))
+    if cache.header.train_fingerprint != dataset.fingerprint:
+        raise DataError(
+            f"{cache.path}: is of other images or boxes than {dataset.name}: mend --data, or make a cache of these "
+            "with `ldctl teacher cache`"
+        )
+
+
+def other_classes(path: Path, match: ClassMatch) -> str:
+    """Say that a file's teacher has not the data's classes, and what to do about it."""
+    return (
+        f"{path}: the data has the classes {', '.join(match.student)}, the teacher {', '.join(match.teacher)}: a cache "
+        "needs the same: pass --teacher FILE without --cache, or say which are the same with "
+        "--set 'teacher.classes={...}'"
+    )
+
+
+def regions_read(spec: DistillSpec, readers: UnionType) -> tuple[CachedRegion, ...]:
+    """Return the regions of those terms of a recipe that are among the readers."""
+    regions = {term.region for term in spec.distill.terms if isinstance(term, readers)}
+    return tuple(name for name in get_args(CachedRegion) if name in regions)
+
+
+def flips(data: DataSpec) -> tuple[bool, ...]:
+    """Return whether views are mirrored: never, always, or either."""
+    return {0.0: (False,), 1.0: (True,)}.get(data.flip, (False, True))
+
+
+def assignment(spec: DistillSpec) -> Literal["atss", "fcos"]:
+    """Return the rule by which the student's head assigns objects."""
+    return "fcos" if spec.student.head.kind == "fcos" else "atss"
