@@ -1,7 +1,6 @@
 """Which runs can learn from a teacher's cache, what it has to hold for them, and whether a given one does."""
 
 from pathlib import Path
-from types import UnionType
 from typing import Literal, get_args
 
 from ldctl import checkpoint
@@ -10,12 +9,14 @@ from ldctl.data import DataSpec
 from ldctl.data.teacher_cache import CachedRegion, CacheHeader, TeacherCache, open_cache
 from ldctl.distill import KD, LD, BCKDBox, BinaryKD
 from ldctl.errors import DataError, SpecError
+from ldctl.schema import Spec
 from ldctl.spec import DistillationSpec, DistillSpec
 from ldctl.toml_text import literal
 from ldctl.types import Dataset
 
-READS_EDGES = LD | BCKDBox
-READS_CLASSES = KD | BinaryKD | BCKDBox
+Terms = tuple[type[Spec], ...]
+READS_EDGES: Terms = (LD, BCKDBox)
+READS_CLASSES: Terms = (KD, BinaryKD, BCKDBox)
 
 
 def default_terms() -> list[dict[str, object]]:
@@ -37,7 +38,7 @@ def check_recipe(spec: DistillSpec) -> None:
     if fault is None and spec.assistant:
         fault = "assistant: a cache holds what one teacher says: distil the assistant alone, and then cache that"
     for index, term in enumerate(spec.distill.terms):
-        is_on_logits = isinstance(term, READS_EDGES | READS_CLASSES)
+        is_on_logits = isinstance(term, READS_EDGES + READS_CLASSES)
         if fault is None and not (is_on_logits and term.region in get_args(CachedRegion)):
             mend = f"pass --set distill.terms.{index}.region=main" if is_on_logits else "leave the term out"
             fault = (
@@ -123,7 +124,7 @@ def _built_for(header: CacheHeader, spec: DistillSpec) -> dict[str, tuple[object
     return asked
 
 
-def _told(header: CacheHeader) -> tuple[tuple[str, UnionType, tuple[CachedRegion, ...]], ...]:
+def _told(header: CacheHeader) -> tuple[tuple[str, Terms, tuple[CachedRegion, ...]], ...]:
     """Return for edges and classes what they are called, which terms read them, and where they are told."""
     return ("edges", READS_EDGES, header.edge_regions), ("classes", READS_CLASSES, header.cls_regions)
 
@@ -152,7 +153,7 @@ def other_classes(path: Path, match: ClassMatch) -> str:
     )
 
 
-def regions_read(spec: DistillSpec, readers: UnionType) -> tuple[CachedRegion, ...]:
+def regions_read(spec: DistillSpec, readers: Terms) -> tuple[CachedRegion, ...]:
     """Return the regions of those terms of a recipe that are among the readers."""
     regions = {term.region for term in spec.distill.terms if isinstance(term, readers)}
     return tuple(name for name in get_args(CachedRegion) if name in regions)

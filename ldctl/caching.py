@@ -246,7 +246,7 @@ def _level_sizes(data: DataSpec, *, is_wide: bool = True) -> tuple[tuple[int, in
     return tuple((-(-height // stride), -(-width // stride)) for stride in STRIDES)
 
 
-def _mb(size: float) -> str:
+def _mb(size: int | float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 

@@ -13,8 +13,16 @@ import torch
 from datasets import image_dataset
 
 from ldctl.data import DataSpec
-from ldctl.data.augment import place, scaled, show, train_view
-from ldctl.data.loader import epoch_order, eval_batches, num_steps, train_batches, usable_workers
+from ldctl.data.augment import eval_view, place, scaled, show, train_view
+from ldctl.data.loader import (
+    epoch_order,
+    eval_batches,
+    num_steps,
+    train_batches,
+    usable_workers,
+    view_batches,
+    view_plan,
+)
 from ldctl.errors import DataError, SpecError
 from ldctl.types import Batch, Dataset, Sample
 
@@ -166,10 +174,10 @@ def test_a_run_resumes_inside_an_epoch_without_reading_the_start(dataset: Datase
         assert read == [image_id for batch in rest for image_id in batch.image_id]
 
 
-@pytest.mark.parametrize(
-    ("wide", "other", "size"),
-    [(7, 6, 4), (8, 4, 4), (3, 3, 4), (1, 0, 4), (0, 9, 4), (5, 5, 1), (100, 37, 16), (2, 1, 16), (15, 17, 16)],
-)
+GROUPS = [(7, 6, 4), (8, 4, 4), (3, 3, 4), (1, 0, 4), (0, 9, 4), (5, 5, 1), (100, 37, 16), (2, 1, 16), (15, 17, 16)]
+
+
+@pytest.mark.parametrize(("wide", "other", "size"), GROUPS)
 def test_an_epoch_shows_every_image_and_fills_every_batch(wide: int, other: int, size: int) -> None:
     dataset = bare([WIDE] * wide + [TALL, SQUARE] * (other // 2) + [TALL] * (other % 2))
     order = epoch_order(dataset, size, seed=1, epoch=2, canvas=False)
@@ -184,6 +192,59 @@ def test_an_epoch_shows_every_image_and_fills_every_batch(wide: int, other: int,
     leftovers = -(-(wide % size + other % size) // size)
     assert not any(is_mixed[leftovers:])
     assert leftovers <= 2
+
+
+@pytest.mark.parametrize(("wide", "other", "size"), GROUPS)
+def test_on_canvases_an_epoch_shows_every_image_and_mixes_none(wide: int, other: int, size: int) -> None:
+    dataset = bare([WIDE] * wide + [TALL, SQUARE] * (other // 2) + [TALL] * (other % 2))
+    order = epoch_order(dataset, size, seed=1, epoch=2, canvas=True)
+    assert num_steps(dataset, size, canvas=True) == -(-wide // size) + -(-other // size) == len(order)
+    counts = Counter(order.ravel().tolist())
+    assert sorted(counts) == list(range(wide + other))
+    assert all(len({index < wide for index in batch}) == 1 for batch in order.tolist())
+    assert sum(counts.values()) - len(counts) == -wide % size + -other % size
+
+
+def test_on_canvases_padding_follows_from_the_image_alone(dataset: Dataset) -> None:
+    spec = SPEC.model_copy(update={"canvas": True})
+    plain = {id_: batch for batch in batches(dataset) for id_ in batch.image_id}
+    found = batches(dataset, spec)
+    assert len(found) == num_steps(dataset, 4, canvas=True) == 4
+    for batch in found:
+        height, width = batch.images.shape[2:]
+        assert (height, width) in ((64, 128), (128, 64))
+        for row, image_id in enumerate(batch.image_id):
+            original_height, original_width = batch.original_hw[row].tolist()
+            assert (original_width > original_height) == (width > height)
+            other = plain[image_id]
+            slot = other.image_id.index(image_id)
+            assert torch.equal(batch.size_hw[row], other.size_hw[slot])  # the same view
+            seen_height, seen_width = batch.size_hw[row].tolist()
+            pixels = other.images[slot, :, :seen_height, :seen_width]
+            assert torch.equal(batch.images[row, :, :seen_height, :seen_width], pixels)
+    assert_same(batches(dataset, spec.model_copy(update={"workers": 2})), found)
+    assert_same(batches(dataset, spec, first_step=2), found[2:])
+    shares = [batches(dataset, spec, rank=rank, world_size=2) for rank in range(2)]
+    for rank, share in enumerate(shares):
+        assert [batch.image_id for batch in share] == [batch.image_id[rank::2] for batch in found]
+
+
+def test_every_view_is_planned_once_and_batches_are_filled_up(dataset: Dataset) -> None:
+    spec = SPEC.model_copy(update={"short_side": (64, 64), "canvas": True})
+    plan = view_plan(dataset, 4, (False, True))
+    views = [view for batch in plan for view in batch]
+    assert sorted(views) == [(index, flip) for index in range(13) for flip in (False, True)]
+    assert [len(batch) for batch in plan] == [4, 4, 4, 2, 4, 4, 4]
+    for group, batch in zip(plan, view_batches(dataset, spec, plan, batch_size=4), strict=True):
+        chosen = [group[slot % len(group)] for slot in range(4)]
+        assert batch.image_id == tuple(dataset.samples[index].image_id for index, _ in chosen)
+        for row, (index, is_flipped) in enumerate(chosen):
+            sample = dataset.samples[index]
+            view = replace(eval_view(sample, spec), is_flipped=is_flipped)
+            pixels = batch.images[row, :, : view.height, : view.width]
+            assert torch.equal(pixels, show(dataset.read(sample), view))
+            found = place(sample, view)
+            assert torch.equal(batch.targets.gt_xyxy[row, : len(found.label)], torch.from_numpy(found.xyxy))
 
 
 def test_every_epoch_leaves_out_nobody() -> None:
