@@ -1,13 +1,12 @@
 """Which location answers for which object, by ATSS or FCOS, and each object's IoU threshold."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from ldctl.boxes import box_area, box_iou, encode_ltrb, prior_boxes
+from ldctl.boxes import box_area, box_iou, encode_ltrb, level_table, prior_boxes
 from ldctl.types import Assigned, Locations, Targets
 
 NUM_CANDIDATES = 9  # per object and level. Source: ATSS, table 8
@@ -199,16 +198,6 @@ def grid_window(
         first[:, None, None] + index_yx[:, :, :, 0, :, None] * level_hw[:, 1, None, None] + index_yx[:, :, :, 1, None]
     )
     return index.flatten(3).where(is_inside_both, 0), is_inside_both
-
-
-@lru_cache(maxsize=1024)  # more than there are padded sizes; each costs a copy from the host
-def level_table(
-    level_hw: tuple[tuple[int, int], ...], level_stride: tuple[int, ...], device: torch.device
-) -> tuple[Int64[Tensor, "P 2"], Int64[Tensor, " P"], Int64[Tensor, " P"]]:
-    """Return rows and columns, stride and first location of each level. Shared between calls: not to be changed."""
-    sizes_hw = torch.tensor(level_hw)
-    count = sizes_hw.prod(dim=1)
-    return sizes_hw.to(device), torch.tensor(level_stride, device=device), (count.cumsum(0) - count).to(device)
 
 
 def ordered_bits(value: Float[Tensor, "*S"]) -> Int64[Tensor, "*S"]:

@@ -1,12 +1,15 @@
 """Box formats, overlaps, the edge-distribution integral and the grid of locations."""
 
+from functools import lru_cache
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ldctl.types import Locations
 
 EPS = 1e-6  # floor of every denominator, as in the reference
+PRIOR_SCALE = 8.0  # side of a prior box in strides. Source: GFL and ATSS
 PAD_MULTIPLE = 32  # images are padded to multiples: the coarsest stride that the backbone halves to
 
 
@@ -113,14 +116,20 @@ def location_grid(
     )
 
 
-def prior_boxes(locations: Locations, scale: float = 8.0) -> Float[Tensor, "A 4"]:
-    """Return the square of side `scale * stride` around each location, `xyxy` in pixels.
+@lru_cache(maxsize=1024)  # more than there are padded sizes; each costs a copy from the host
+def level_table(
+    level_hw: tuple[tuple[int, int], ...], level_stride: tuple[int, ...], device: torch.device
+) -> tuple[Int64[Tensor, "P 2"], Int64[Tensor, " P"], Int64[Tensor, " P"]]:
+    """Return rows and columns, stride and first location of each level. Shared between calls: not to be changed."""
+    sizes_hw = torch.tensor(level_hw)
+    count = sizes_hw.prod(dim=1)
+    return sizes_hw.to(device), torch.tensor(level_stride, device=device), (count.cumsum(0) - count).to(device)
+
+
+def prior_boxes(locations: Locations) -> Float[Tensor, "A 4"]:
+    """Return the square of side `PRIOR_SCALE * stride` around each location, `xyxy` in pixels.
 
     The assigner compares these with the objects; nothing is regressed from them.
-
-    Args:
-        locations: The grid.
-        scale: Side in strides. Source: GFL and ATSS use 8.
     """
-    half = (scale / 2 * locations.stride).unsqueeze(-1)
+    half = (PRIOR_SCALE / 2 * locations.stride).unsqueeze(-1)
     return torch.cat((locations.xy - half, locations.xy + half), dim=-1)

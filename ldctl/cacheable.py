@@ -7,7 +7,7 @@ from ldctl import checkpoint
 from ldctl.classes import ClassMatch
 from ldctl.data import DataSpec
 from ldctl.data.teacher_cache import CachedRegion, CacheHeader, TeacherCache, open_cache
-from ldctl.distill import KD, LD, BCKDBox, BinaryKD
+from ldctl.distill import KD, LD, BCKDBox, BinaryKD, PredictionTerm
 from ldctl.errors import DataError, SpecError
 from ldctl.schema import Spec
 from ldctl.spec import DistillationSpec, DistillSpec
@@ -38,7 +38,7 @@ def check_recipe(spec: DistillSpec) -> None:
     if fault is None and spec.assistant:
         fault = "assistant: a cache holds what one teacher says: distil the assistant alone, and then cache that"
     for index, term in enumerate(spec.distill.terms):
-        is_on_logits = isinstance(term, READS_EDGES + READS_CLASSES)
+        is_on_logits = isinstance(term, PredictionTerm)
         if fault is None and not (is_on_logits and term.region in get_args(CachedRegion)):
             mend = f"pass --set distill.terms.{index}.region=main" if is_on_logits else "leave the term out"
             fault = (

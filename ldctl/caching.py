@@ -41,7 +41,7 @@ from ldctl.log import PassProgress
 from ldctl.metrics import Metrics
 from ldctl.models.detector import STRIDES, Detector
 from ldctl.predict import to_device
-from ldctl.regions import vlr_region
+from ldctl.regions import vlr_weights
 from ldctl.spec import DistillSpec
 from ldctl.step import padded_hw
 from ldctl.trainer import interrupts, stops
@@ -85,7 +85,7 @@ def cache_teacher(spec: DistillSpec, target: Path | None, dtype: Dtype, *, quiet
     if not match.is_complete:
         raise DataError(other_classes(source, match))
     bf16 = spec.train.bf16 and device.type == "cuda"
-    header = header_of(spec, meta, checkpoint.sha256(source), dataset, dtype, bf16=bf16)
+    header = header_of(spec, teacher, meta, dataset, dtype, bf16=bf16)
     note(predicted_size(spec, header, dataset, target))
     plan = view_plan(dataset, header.batch, header.flips)
     numbers = [[view_number(image, is_flipped) for image, is_flipped in batch] for batch in plan]
@@ -112,21 +112,20 @@ def cache_teacher(spec: DistillSpec, target: Path | None, dtype: Dtype, *, quiet
 
 
 def header_of(
-    spec: DistillSpec, meta: CheckpointMeta, sha256: str, dataset: Dataset, dtype: Dtype, *, bf16: bool
+    spec: DistillSpec, teacher: Detector, meta: CheckpointMeta, dataset: Dataset, dtype: Dtype, *, bf16: bool
 ) -> CacheHeader:
     """Return what a cache of a teacher for a run says of itself.
 
     Args:
         spec: The run.
-        meta: Of the teacher's file.
-        sha256: Of the teacher's file.
+        teacher: The teacher.
+        meta: Of its file.
         dataset: Training images.
         dtype: Of the logits.
         bf16: Whether the teacher computes in bfloat16.
     """
-    head = meta.model["head"]
     return CacheHeader(
-        teacher_sha256=sha256,
+        teacher_sha256=checkpoint.sha256(Path(spec.teacher.path or "")),
         model=meta.model,
         classes=meta.classes,
         metrics=meta.metrics,
@@ -142,8 +141,9 @@ def header_of(
         vlr=spec.distill.vlr,
         gamma=spec.distill.gamma,
         dtype=dtype,
-        num_bins=head["reg_max"] + 1,
-        has_quality=head["kind"] != "gfl",
+        num_bins=teacher.head.num_bins,
+        has_quality=teacher.head.quality is not None,
+        location_offset=teacher.head.location_offset,
         num_locations=sum(height * width for height, width in _level_sizes(spec.data)),
         batch=spec.train.batch // spec.train.accumulate,
         bf16=bf16,
@@ -197,12 +197,10 @@ def regions_told(
     """
     rule = assign_fcos if assignment(spec) == "fcos" else assign
     assigned = rule(locations, targets, padded_hw(size_hw), 1)  # which class is of no interest
-    vlr = vlr_region(spec.distill, assigned, targets, locations)
-    assert isinstance(vlr.row, Tensor), "some locations, not all"
+    masks = {"main": assigned.is_positive, "vlr": vlr_weights(spec.distill, assigned, targets, locations) > 0}
     nowhere = torch.zeros_like(assigned.is_positive)
-    masks = {"main": assigned.is_positive, "vlr": nowhere.flatten().index_fill(0, vlr.row, True).view_as(nowhere)}
     edge, cls = (
-        torch.stack([nowhere, *(masks[name] for name in regions)]).any(dim=0)
+        torch.stack([nowhere, *(masks[name] for name in regions)]).any(dim=0) & assigned.is_valid
         for regions in (header.edge_regions, header.cls_regions)
     )
     return edge, cls

@@ -1,11 +1,12 @@
-"""Make what student and teacher say comparable, where they differ in classes or look at the image at other scales."""
+"""Make what student and teacher say comparable: other classes, another scale, or a cache in the teacher's place."""
 
 from dataclasses import dataclass, replace
 
-from jaxtyping import Bool, Int64
+import torch
+from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor
 
-from ldctl.types import Assigned, Dense, Locations, Pair, TowerMaps
+from ldctl.types import Assigned, Dense, Locations, Pair, TeacherRows, TowerMaps
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,61 @@ def _rows(locations: Locations, levels: slice) -> slice:
     """Return the locations of some levels, which stand together."""
     sizes = locations.level_sizes
     return slice(sum(sizes[: levels.start]), sum(sizes[: levels.stop]))
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """What a cache tells of a teacher at some locations.
+
+    Attributes:
+        teacher: Its predictions, as those of one image without maps; of no meaning where nothing is told.
+        is_told: Whether the cache tells what it has in this region.
+    """
+
+    teacher: Dense
+    is_told: Bool[Tensor, " N"]
+
+
+def recall(taught: TeacherRows, region: str, row: Int[Tensor, " N"], student: Dense) -> Recalled:
+    """Return what a cache tells of a teacher in a region, in the place of `Dense.at`.
+
+    Args:
+        taught: What it tells of the batch.
+        region: Its name.
+        row: Its locations, `image * A + location` each.
+        student: What the student says there.
+    """
+    edge, has_edge = looked_up(taught.edge_row, taught.edge, row)
+    cls, has_cls = looked_up(taught.cls_row, taught.cls, row)
+    quality = None if taught.quality is None else looked_up(taught.cls_row, taught.quality, row)[0][None]
+    teacher = replace(
+        student,
+        cls=cls[None],
+        edge=edge[None],
+        quality=quality,
+        locations=replace(student.locations, offset=taught.offset),
+    )
+    is_told = torch.ones_like(has_edge)
+    for has, regions in ((has_edge, taught.edge_regions), (has_cls, taught.cls_regions)):
+        if region in regions:
+            is_told = is_told & has
+    return Recalled(teacher, is_told)
+
+
+def looked_up(
+    key: Int[Tensor, " M"], value: Float[Tensor, "M *S"], wanted: Int[Tensor, " N"]
+) -> tuple[Float32[Tensor, "N *S"], Bool[Tensor, " N"]]:
+    """Return the values of the wanted keys, and whether there are any; where there are none, it is any value.
+
+    Args:
+        key: Ascending.
+        value: Of each key.
+        wanted: Keys in any order.
+    """
+    if not len(key):
+        return value.new_zeros((len(wanted), *value.shape[1:]), dtype=torch.float32), torch.zeros_like(wanted).bool()
+    index = torch.searchsorted(key, wanted).clamp(max=len(key) - 1)
+    return value[index].float(), key[index] == wanted
 
 
 def of_images(assigned: Assigned, is_taking_part: Bool[Tensor, " B"]) -> Assigned:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ldctl.assign import assign, assign_fcos
 from ldctl.boxes import PAD_MULTIPLE, location_grid
 from ldctl.data.teacher_cache import TeacherCache
+from ldctl.distill import PredictionTerm
 from ldctl.distill.crosskd import aligned_towers
 from ldctl.distributed import reduce_mean, world_size
 from ldctl.losses import (
@@ -28,11 +29,12 @@ from ldctl.pairing import (
     in_teachers_levels,
     of_classes,
     of_images,
+    recall,
     share_assigned,
     share_classes,
     share_levels,
 )
-from ldctl.regions import main_region, region
+from ldctl.regions import DRAWN, Region, RegionSpec, draw, main_region, region
 from ldctl.spec import DistillationSpec
 from ldctl.types import Assigned, Batch, Dense, Locations, Normalizer, Pair, Scaled, Targets, TeacherRows, Where
 
@@ -70,6 +72,11 @@ class Teaching:
         """Return how many levels coarser the teacher's pyramid level is that matches one of the student's."""
         return round(math.log2(self.scale))
 
+    @property
+    def changes_lesson(self) -> bool:
+        """Return whether the terms look at other objects or levels than the detection losses do."""
+        return self.level_shift != 0 or self.pseudo is not None
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -79,15 +86,26 @@ class Lesson:
         pair: What student and teacher say.
         targets: The objects; in unlabelled images those that the teacher finds.
         assigned: Which location answers for which object.
-        main: The locations that answer for one.
         norm: What losses are divided by.
     """
 
     pair: Pair
     targets: Targets
     assigned: Assigned
-    main: Where
     norm: Normalizer
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Regions that the objects decide, and what a detector says there.
+
+    Attributes:
+        where: The regions.
+        at: The predictions in those of them in which predictions are compared.
+    """
+
+    where: dict[Region, Where]
+    at: dict[Region, Dense]
 
 
 class Learner(nn.Module):
@@ -146,30 +164,92 @@ def training_losses(
     with autocast:
         dense = learner(detector.normalize(batch.images, batch.size_hw))
     assigned = assign_labelled(detector, dense.locations, batch)
-    main = main_region(dense, assigned)  # synchronises: number of positives
+    seen = look(dense, teaching if teaching and not teaching.changes_lesson else None, assigned, batch.targets)
+    main, at_main = seen.where["main"], seen.at["main"]
     has_centerness = detector.spec.head.has_centerness
     boxes = by_centerness(main, assigned, dense.locations) if has_centerness else main
     norm = normalizer(teaching.spec.normalize if teaching else "synced", assigned, boxes, parts=parts)
     if num_positive is not None:
         norm = replace(norm, num_positive=num_positive)
     own_losses = centerness_losses if has_centerness else detection_losses
-    named = own_losses(losses, dense, assigned, boxes, norm)
+    named = own_losses(losses, dense, at_main, assigned, boxes, norm)
     if teaching is None:
         return named
+    if batch.taught is not None:
+        return named | recalled_losses(teaching, batch.taught, seen, norm)
 
     with autocast:
-        if batch.taught is None:
-            pair = compare(teaching, seen_by_teacher(teaching, batch), dense)
-        else:
-            pair = recalled(batch.taught, dense)
-    lesson = Lesson(pair, batch.targets, assigned, main, norm)
-    lesson = made_comparable(lesson, detector, teaching, batch, parts=parts)
-    where: dict[str, Where] = {"main": lesson.main}
-    pair = share_classes(lesson.pair, teaching.shared)
-    for name in sorted({term.region for term in teaching.spec.terms} - {"main"}):
-        # synchronises, but for "all"
+        pair = compare(teaching, seen_by_teacher(teaching, batch), dense)
+    lesson = Lesson(pair, batch.targets, assigned, norm)
+    if teaching.changes_lesson:
+        lesson = made_comparable(lesson, detector, teaching, batch, parts=parts)
+        seen = look(lesson.pair.student, teaching, lesson.assigned, lesson.targets)
+    return named | distillation_losses(teaching, lesson, seen)
+
+
+def look(dense: Dense, teaching: Teaching | None, assigned: Assigned, targets: Targets) -> Seen:
+    """Draw the main region and those of a teacher's terms, and gather the predictions there; see `draw`.
+
+    Args:
+        dense: The student's predictions.
+        teaching: Whose terms to look for; none looks at the main region alone.
+        assigned: Which location answers for which object.
+        targets: The objects.
+    """
+    terms = teaching.spec.terms if teaching else ()
+    asked = {"main", *(term.region for term in terms)}
+    compared = {"main", *(term.region for term in terms if isinstance(term, PredictionTerm))}
+    spec = teaching.spec if teaching else RegionSpec()
+    where = draw([name for name in DRAWN if name in asked], spec, dense, assigned, targets)
+    gathered = {name: region.picked for name, region in where.items() if name in compared}
+    return Seen(where, dict(zip(gathered, dense.at(list(gathered.values())), strict=True)))
+
+
+def distillation_losses(teaching: Teaching, lesson: Lesson, seen: Seen) -> dict[str, Float[Tensor, ""]]:
+    """Return the loss of each term by name.
+
+    Args:
+        teaching: The terms.
+        lesson: What they look at.
+        seen: The regions that the objects decide, and the student's predictions there.
+    """
+    rows = [seen.where[name].picked for name in seen.at]
+    theirs = dict(zip(seen.at, lesson.pair.teacher.at(rows), strict=True))
+    pair_at = {name: share_classes(Pair(own, theirs[name]), teaching.shared) for name, own in seen.at.items()}
+    pair, where = share_classes(lesson.pair, teaching.shared), dict(seen.where)
+    for name in {term.region for term in teaching.spec.terms} - where.keys():
         where[name] = region(name, teaching.spec, pair, lesson.assigned, lesson.targets)
-    return named | {term.name: term(pair, where[term.region], lesson.norm) for term in teaching.spec.terms}
+    losses = {}
+    for term in teaching.spec.terms:
+        if isinstance(term, PredictionTerm) and term.region in pair_at:
+            gathered = replace(where[term.region], row=slice(None))
+            losses[term.name] = term(pair_at[term.region], gathered, lesson.norm)
+        else:
+            losses[term.name] = term(pair, where[term.region], lesson.norm)
+    return losses
+
+
+def recalled_losses(
+    teaching: Teaching, taught: TeacherRows, seen: Seen, norm: Normalizer
+) -> dict[str, Float[Tensor, ""]]:
+    """Return the loss of each term by name, with what a cache tells in the place of the teacher.
+
+    Rounding may put a location at the rim of a region elsewhere than where the cache was made: it counts nothing then.
+
+    Args:
+        teaching: The terms.
+        taught: What the cache tells of the batch.
+        seen: The regions, and the student's predictions there.
+        norm: What losses are divided by.
+    """
+    losses = {}
+    recalled = {name: recall(taught, name, seen.where[name].picked, own) for name, own in seen.at.items()}
+    for term in teaching.spec.terms:
+        assert isinstance(term, PredictionTerm), "others were refused"
+        where, there = seen.where[term.region], recalled[term.region]
+        gathered = replace(where, row=slice(None), weight=where.weight * there.is_told)
+        losses[term.name] = term(Pair(seen.at[term.region], there.teacher), gathered, norm)
+    return losses
 
 
 def seen_by_teacher(teaching: Teaching, batch: Batch) -> Float[Tensor, "B 3 h w"]:
@@ -198,24 +278,6 @@ def compare(teaching: Teaching, images: Float[Tensor, "B 3 H W"], student: Dense
     return Pair(student, teacher, crossed=teaching.detector.head.resume(aligned, cut, teacher.features))
 
 
-def recalled(taught: TeacherRows, student: Dense) -> Pair:
-    """Return what a cache holds of the teacher, in its places."""
-    num_images, num_locations = student.cls.shape[:2]
-    assert taught.num_locations == num_locations, "the batch is a canvas"
-
-    def placed(value: Tensor, row: Tensor) -> Tensor:
-        full = value.new_zeros((num_images * num_locations, *value.shape[1:]), dtype=torch.float32)
-        return full.index_copy(0, row, value.float()).view(num_images, num_locations, *value.shape[1:])
-
-    teacher = replace(
-        student,
-        cls=placed(taught.cls, taught.cls_row),
-        edge=placed(taught.edge, taught.edge_row),
-        quality=None if taught.quality is None else placed(taught.quality, taught.cls_row),
-    )
-    return Pair(student, teacher)
-
-
 def assign_by_head(detector: Detector, locations: Locations, targets: Targets, batch: Batch) -> Assigned:
     """Assign objects to locations by the rule of the detector's head."""
     rule = assign_fcos if detector.spec.head.kind == "fcos" else assign
@@ -233,7 +295,7 @@ def made_comparable(lesson: Lesson, detector: Detector, teaching: Teaching, batc
     if batch.is_labelled is not None:
         lesson = with_pseudo_objects(lesson, detector, teaching, batch, batch.is_labelled, parts=parts)  # synchronises
     if teaching.level_shift:
-        lesson = on_shared_levels(lesson, teaching.level_shift)  # synchronises
+        lesson = on_shared_levels(lesson, teaching.level_shift)
     return lesson
 
 
@@ -267,17 +329,15 @@ def with_pseudo_objects(
         is_object=torch.cat((lesson.targets.is_object, found.is_object), dim=1),
     )
     assigned = assign_by_head(detector, student.locations, targets, batch)
-    main = main_region(student, assigned)
-    norm = normalizer(lesson.norm.kind, assigned, main, parts=parts)
-    return Lesson(lesson.pair, targets, assigned, main, norm)
+    norm = normalizer(lesson.norm.kind, assigned, main_region(student, assigned), parts=parts)
+    return Lesson(lesson.pair, targets, assigned, norm)
 
 
 def on_shared_levels(lesson: Lesson, shift: int) -> Lesson:
     """Return the lesson at the levels that student and teacher share; what losses are divided by stays."""
     pair = share_levels(lesson.pair, shift)
     assigned = share_assigned(lesson.assigned, lesson.pair.student.locations, shift)
-    main = main_region(pair.student, assigned)
-    return replace(lesson, pair=pair, assigned=assigned, main=main)
+    return replace(lesson, pair=pair, assigned=assigned)
 
 
 def gradient_shares(losses: dict[str, Float[Tensor, ""]], detector: Detector) -> Float[Tensor, " K"]:
@@ -338,12 +398,12 @@ def rows_of(taught: TeacherRows, images: slice) -> TeacherRows:
     edges = slice(sum(count for count, _ in before), sum(count for count, _ in until))
     classes = slice(sum(count for _, count in before), sum(count for _, count in until))
     first = images.start * taught.num_locations
-    return TeacherRows(
+    return replace(
+        taught,
         edge_row=taught.edge_row[edges] - first,
         edge=taught.edge[edges],
         cls_row=taught.cls_row[classes] - first,
         cls=taught.cls[classes],
         quality=None if taught.quality is None else taught.quality[classes],
         counts=taught.counts[images],
-        num_locations=taught.num_locations,
     )

@@ -41,6 +41,7 @@ def header(**values: object) -> CacheHeader:
         "dtype": "float32",
         "num_bins": BINS,
         "has_quality": False,
+        "location_offset": 0.0,
         "num_locations": LOCATIONS,
         "batch": 3,
         "bf16": False,

@@ -350,6 +350,9 @@ def _teacher_rows(cache: TeacherCache, counts: list[list[int]], tensors: Sequenc
         quality=quality[0] if quality else None,
         counts=tuple((num_edge, num_cls) for num_edge, num_cls in counts),
         num_locations=cache.header.num_locations,
+        offset=cache.header.location_offset,
+        edge_regions=cache.header.edge_regions,
+        cls_regions=cache.header.cls_regions,
     )
 
 

@@ -64,6 +64,7 @@ class CacheHeader(Spec):
         dtype: Of the logits.
         num_bins: Of an edge distribution.
         has_quality: Whether the teacher tells the quality of a location besides its classes.
+        location_offset: Of the teacher's locations from the corners of their cells, in strides.
         num_locations: Of a canvas, wide or tall.
         batch: Views that the teacher saw at once.
         bf16: Whether the teacher computed in bfloat16.
@@ -92,6 +93,7 @@ class CacheHeader(Spec):
     dtype: Dtype
     num_bins: int = Field(ge=2, le=1 << 10)
     has_quality: bool
+    location_offset: float
     num_locations: int = Field(ge=1, lt=2**31)
     batch: int
     bf16: bool

@@ -55,8 +55,7 @@ class CrossKDClass(Spec):
         assert pair.crossed is not None, "the step makes cross-head predictions where a term asks for them"
         crossed = pair.crossed.cls.flatten(0, 1)[where.row].float()
         teacher = pair.teacher.cls.flatten(0, 1)[where.row].float()
-        per_row = binary_distillation(crossed, teacher, self.beta)
-        return self.weight * (per_row * where.weight).sum() / norm.num_positive
+        return self.weight * binary_distillation(crossed, teacher, where.weight, self.beta) / norm.num_positive
 
 
 class CrossKDBox(Spec):
