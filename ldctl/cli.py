@@ -29,9 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 teacher_app = typer.Typer(
-    help="Get a teacher: train one, or import one from mmdet; or compute what it says once.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
+    help="Get a teacher: train, import or cache one.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(teacher_app, name="teacher")
 
@@ -186,14 +184,16 @@ def teacher_cache(
         typer.Option("--output", "-o", help="File to write. [default: TEACHER with .cache]", show_default=False),
     ] = None,
     dtype: Annotated[LogitType, typer.Option(help="Numbers to store.")] = LogitType.FLOAT16,
-    batch: BatchSize = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", help="Images at once. [default: 16]", show_default=False)
+    ] = None,
     device: Device = None,
     assignments: Assignments = None,
     quiet: Quiet = False,
 ) -> None:
-    """Compute what a teacher says of the training images once, for `ldctl distill --cache`.
+    """Let a teacher look at all training images once, for `ldctl distill --cache`.
 
-    Pass the preset and the values of that run. Once stopped, the same command goes on.
+    Takes the preset and the values of that run. Whatever stops it, the same command goes on.
 
     Example: ldctl teacher cache gfl_r101.safetensors --preset ld-full -o gfl_r101.cache
     """

@@ -238,6 +238,28 @@ MISTAKES = {
     "teacher import none.pth -o new.safetensors": (
         5, "error: none.pth: no such file: pass the .pth of a GFL detector of mmdet\n",
     ),
+    "distill --cache none.cache": (5, "error: none.cache: no such file: make one with `ldctl teacher cache`\n"),
+    "distill --cache text.safetensors": (
+        5, "error: text.safetensors: not a teacher's cache: pass a file that `ldctl teacher cache` wrote\n",
+    ),
+    "distill --cache none.cache --preset pkd": (
+        3,
+        'error: distill.terms.0: "pkd" looks at more than what the teacher says in the main region and the VLR, which is '
+        "what a cache holds: leave the term out, or pass --preset ld-full or ld-main\n",
+    ),
+    "teacher cache none.safetensors": (
+        5,
+        "error: none.safetensors: no such file: check the path, or make one with `ldctl teacher train` or "
+        "`ldctl teacher import`\n",
+    ),
+    "teacher cache text.safetensors -o broken.toml": (
+        7, "error: broken.toml: exists already: pass another --output\n",
+    ),
+    "teacher cache text.safetensors --dtype float64": (
+        2,
+        "Usage: ldctl teacher cache [OPTIONS] {teacher}\nTry 'ldctl teacher cache -h' for help.\n\n"
+        "Error: Invalid value for '--dtype': 'float64' is not one of 'float16', 'float32'.\n",
+    ),
 }  # fmt: skip
 
 

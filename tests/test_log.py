@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from ldctl.errors import OutputError
-from ldctl.log import MetricsLog, Progress, truncate_after
+from ldctl.log import MetricsLog, PassProgress, Progress, truncate_after
 
 
 @pytest.fixture(autouse=True)
@@ -247,3 +247,39 @@ def test_shown_records_are_what_the_log_holds(tmp_path: Path) -> None:
     log.write(record)
     log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == record
+
+
+# A pass over many things
+
+
+def passed(clock: Clock, out: io.StringIO, **options: bool) -> str:
+    console = Console(file=out, width=60, force_terminal=isinstance(out, Terminal), no_color=True)
+    with PassProgress("cache", "views", 100, first=20, console=console, clock=clock, **options) as progress:
+        for done in range(30, 101, 10):
+            clock.now += 4
+            progress.update(done)
+    return out.getvalue()
+
+
+def test_a_pass_tells_its_rate_and_what_is_left() -> None:
+    """Every ten seconds, and at the end; what was done before counts in no rate."""
+    assert passed(Clock(), io.StringIO()) == (
+        "cache  30/100  2.5 views/s  eta 0:00:28\n"
+        "cache  60/100  2.5 views/s  eta 0:00:16\n"
+        "cache  90/100  2.5 views/s  eta 0:00:04\n"
+        "cache  100/100  2.5 views/s  eta 0:00:00\n"
+    )
+    assert passed(Clock(), io.StringIO(), quiet=True) == ""
+    assert passed(Clock(), Terminal(), quiet=True) == ""
+
+
+def test_a_pass_on_a_terminal_is_one_line() -> None:
+    received = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", passed(Clock(), Terminal()))
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", received)]
+    assert [line for line in lines if line][-1].startswith("cache  100/100  2.5 views/s  eta 0:00:00 ━")
+
+
+def test_a_pass_without_progress_so_far() -> None:
+    out = io.StringIO()
+    PassProgress("cache", "views", 5, console=Console(file=out), clock=Clock()).update(0)
+    assert out.getvalue() == "cache  0/5  0 views/s  eta unknown\n"

@@ -13,13 +13,15 @@ from ldctl.models import Detector, HeadSpec, ModelSpec, ResNetSpec
 from ldctl.pairing import (
     SharedClasses,
     in_teachers_levels,
+    looked_up,
     of_images,
     partners,
+    recall,
     share_assigned,
     share_classes,
     share_levels,
 )
-from ldctl.types import Dense, Locations, Pair, TowerMaps
+from ldctl.types import Dense, Locations, Pair, TeacherRows, TowerMaps
 
 HERE = grid(64, 96)
 
@@ -193,3 +195,58 @@ def test_shared_levels_keep_the_quality_and_either_offset() -> None:
     assert (shared.student.locations.offset, found.offset) == (0.0, 0.5)
     assert torch.equal(found.xy, teacher.locations.xy[-count:] / 2)  # the teacher sees everything twice as large
     assert torch.equal(found.xy - shared.student.locations.xy, (found.stride / 2)[:, None].expand(-1, 2))
+
+
+# --- a cache in the teacher's place ---------------------------------------------------------------------------------
+
+
+def told_by(teacher: Dense, edge_row: torch.Tensor, cls_row: torch.Tensor, dtype: torch.dtype) -> TeacherRows:
+    """Return what a cache with these rows tells of a teacher."""
+    assert teacher.quality is not None
+    return TeacherRows(
+        edge_row=edge_row,
+        edge=teacher.edge.flatten(0, 1)[edge_row].detach().to(dtype),
+        cls_row=cls_row,
+        cls=teacher.cls.flatten(0, 1)[cls_row].detach().to(dtype),
+        quality=teacher.quality.flatten()[cls_row].to(dtype),
+        counts=((0, 0), (len(edge_row), len(cls_row))),
+        num_locations=len(HERE.level),
+        offset=0.5,
+        edge_regions=("main", "vlr"),
+        cls_regions=("main",),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_is_recalled_is_what_the_teacher_says(dtype: torch.dtype) -> None:
+    student, teacher = (random_dense(HERE, 2, 3, seed) for seed in (0, 1))
+    teacher = replace(teacher, quality=torch.randn(teacher.cls.shape[:2]))
+    count = teacher.cls.shape[:2].numel()
+    edge_row, cls_row = torch.arange(0, count, 2), torch.arange(0, count, 3)
+    taught = told_by(teacher, edge_row, cls_row, dtype)
+    row = torch.tensor([6, 3, 4, 12, count - 1, 0])
+    (theirs,), (own,) = teacher.at([row]), student.at([row])
+    for region, expected in {
+        "main": [r % 6 == 0 for r in row.tolist()],
+        "vlr": [r % 2 == 0 for r in row.tolist()],
+        "elsewhere": [True] * 6,  # nothing is read there
+    }.items():
+        found = recall(taught, region, row, own)
+        assert found.is_told.tolist() == expected
+    assert found.teacher.locations.offset == 0.5
+    assert found.teacher.quality is not None
+    assert theirs.quality is not None
+    has_edge, has_cls = row % 2 == 0, row % 3 == 0
+    assert torch.equal(found.teacher.edge[:, has_edge], theirs.edge[:, has_edge].to(dtype).float())
+    assert torch.equal(found.teacher.cls[:, has_cls], theirs.cls[:, has_cls].to(dtype).float())
+    assert torch.equal(found.teacher.quality[:, has_cls], theirs.quality[:, has_cls].to(dtype).float())
+    assert found.teacher.edge.isfinite().all()
+    assert not found.teacher.edge.requires_grad
+
+
+def test_looking_up_where_nothing_is_told() -> None:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    value, is_there = looked_up(nothing, torch.zeros(0, 4, 5, dtype=torch.float16), torch.tensor([3, 1]))
+    assert (value.shape, value.dtype, is_there.tolist()) == ((2, 4, 5), torch.float32, [False, False])
+    value, is_there = looked_up(torch.tensor([2]), torch.ones(1, 3), nothing)
+    assert (value.shape, is_there.shape) == ((0, 3), (0,))
