@@ -244,8 +244,8 @@ MISTAKES = {
     ),
     "distill --cache none.cache --preset pkd": (
         3,
-        'error: distill.terms.0: "pkd" looks at more than what the teacher says in the main region and the VLR, which is '
-        "what a cache holds: leave the term out, or pass --preset ld-full or ld-main\n",
+        'error: distill.terms.0: "pkd" looks at more than what the teacher says in the main region and the VLR, which '
+        "is what a cache holds: leave the term out, or pass --preset ld-full or ld-main\n",
     ),
     "teacher cache none.safetensors": (
         5,
@@ -254,11 +254,6 @@ MISTAKES = {
     ),
     "teacher cache text.safetensors -o broken.toml": (
         7, "error: broken.toml: exists already: pass another --output\n",
-    ),
-    "teacher cache text.safetensors --dtype float64": (
-        2,
-        "Usage: ldctl teacher cache [OPTIONS] {teacher}\nTry 'ldctl teacher cache -h' for help.\n\n"
-        "Error: Invalid value for '--dtype': 'float64' is not one of 'float16', 'float32'.\n",
     ),
 }  # fmt: skip
 
