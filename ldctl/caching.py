@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ldctl import checkpoint
-from ldctl.assemble import Setting, choose_device, compare_classes, load_detector, note, note_faults
+from ldctl.assemble import Setting, choose_device, compare_classes, load_detector, note, note_faults, place
 from ldctl.assign import assign, assign_fcos
 from ldctl.boxes import PAD_MULTIPLE, location_grid
 from ldctl.cacheable import (
@@ -24,7 +24,8 @@ from ldctl.cacheable import (
 )
 from ldctl.checkpoint import CheckpointMeta
 from ldctl.data import DataSpec, open_dataset
-from ldctl.data.augment import fixed_view, place
+from ldctl.data.augment import fixed_view
+from ldctl.data.augment import place as place_objects
 from ldctl.data.cache_writer import CacheWriter, partial_path
 from ldctl.data.check import inspect
 from ldctl.data.loader import padded, view_batches, view_plan
@@ -77,7 +78,7 @@ def cache_teacher(spec: DistillSpec, target: Path | None, dtype: Dtype, *, quiet
     checkpoint.check_new(target)
     device = choose_device(spec.device)
     loaded, meta = load_detector(source)
-    teacher = loaded.eval().requires_grad_(False).to(device)
+    teacher = place(loaded.eval().requires_grad_(False), device)
     inspection = inspect(open_dataset(spec.data, "train"))
     note_faults([str(fault) for fault in inspection.faults])
     dataset = inspection.dataset
@@ -87,16 +88,46 @@ def cache_teacher(spec: DistillSpec, target: Path | None, dtype: Dtype, *, quiet
     bf16 = spec.train.bf16 and device.type == "cuda"
     header = header_of(spec, teacher, meta, dataset, dtype, bf16=bf16)
     note(predicted_size(spec, header, dataset, target))
+    build(spec, teacher, header, dataset, target, device=device, quiet=quiet)
+    size = target.stat().st_size
+    return f"{target}: {header.num_views} views, {_mb(size)}, {size / header.num_views / 1e3:.1f} kB each"
+
+
+def build(
+    spec: DistillSpec,
+    teacher: Detector,
+    header: CacheHeader,
+    dataset: Dataset,
+    target: Path,
+    *,
+    device: torch.device,
+    quiet: bool,
+) -> None:
+    """Write the cache, or the rest of it.
+
+    Args:
+        spec: The run that is to read it.
+        teacher: On the device.
+        header: What the cache says of itself.
+        dataset: Training images.
+        target: The file.
+        device: Where to compute.
+        quiet: No progress display.
+
+    Raises:
+        OutputError: See `CacheWriter`.
+        Interrupted: A signal asked to stop; what was done is kept.
+    """
     plan = view_plan(dataset, header.batch, header.flips)
     numbers = [[view_number(image, is_flipped) for image, is_flipped in batch] for batch in plan]
-    with closing(CacheWriter(target, header, numbers)) as writer:
+    with interrupts() as stop, closing(CacheWriter(target, header, numbers)) as writer:
         todo = plan[writer.num_done :]
         num_done = header.num_views - sum(map(len, todo))
         if num_done:
             note(f"cache: {num_done} of {header.num_views} views are there already")
-        batches = view_batches(dataset, spec.data, todo, batch_size=header.batch)
         progress = PassProgress("cache", "views", header.num_views, first=num_done, quiet=quiet)
-        with interrupts() as stop, progress, closing(batches):
+        batches = view_batches(dataset, spec.data, todo, batch_size=header.batch)
+        with progress, closing(batches):
             for views, batch in zip(todo, batches, strict=True):
                 rows = taught_rows(teacher, spec, header, to_device(batch, device))
                 writer.append(rows[: len(views)])
@@ -107,8 +138,6 @@ def cache_teacher(spec: DistillSpec, target: Path | None, dtype: Dtype, *, quiet
                         f"cache: stopped after {num_done} of {header.num_views} views; repeat the command to go on"
                     )
         writer.finish()
-    size = target.stat().st_size
-    return f"{target}: {header.num_views} views, {_mb(size)}, {size / header.num_views / 1e3:.1f} kB each"
 
 
 def header_of(
@@ -232,7 +261,7 @@ def _record_bytes(spec: DistillSpec, header: CacheHeader, dataset: Dataset, inde
     is_wide = sample.width > sample.height
     sizes = _level_sizes(spec.data, is_wide=is_wide)
     locations = location_grid(sizes, STRIDES, torch.device("cpu"), spec.student.head.location_offset)
-    targets = padded([place(sample, view)], 1)
+    targets = padded([place_objects(sample, view)], 1)
     edge, cls = regions_told(spec, header, locations, targets, torch.tensor([[view.height, view.width]]))
     return header.record_bytes(int(edge.sum()), int(cls.sum()))
 

@@ -189,6 +189,7 @@ def teacher_cache(
     ] = None,
     device: Device = None,
     assignments: Assignments = None,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
     """Let a teacher look at all training images once, for `ldctl distill --cache`.
@@ -209,6 +210,9 @@ def teacher_cache(
         }
     )
     spec = engine.cache_spec(preset, flags, assignments or [])
+    if dry_run:
+        typer.echo(engine.resolved(spec), nl=False)
+        return
     typer.echo(caching.cache_teacher(spec, output, dtype.value, quiet=quiet))
 
 

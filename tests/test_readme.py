@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 LINES = [line for block in BLOCKS for line in block.splitlines() if line and not line.startswith("#")]
 COMMANDS = [line.removeprefix("ldctl ") for line in LINES if line.startswith("ldctl ")]
-TRAINS = ("distill", "teacher train")
+TRAINS = ("distill", "teacher train", "teacher cache")
 # what `eval` and `export` read, which the commands before them wrote
 NAMED = sorted({command.split()[1] for command in COMMANDS if command.startswith(("eval", "export"))})
 
