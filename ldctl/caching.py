@@ -277,7 +277,7 @@ def _mb(size: int | float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def recall(cache: TeacherCache, setting: Setting) -> dict[str, Metrics]:
+def recorded_metrics(cache: TeacherCache, setting: Setting) -> dict[str, Metrics]:
     """Say what is known of a teacher that is not here; return its metrics by name, if they are of the same images."""
     header = cache.header
     is_same = header.metrics_fingerprint == setting.fingerprint and "ap" in header.metrics

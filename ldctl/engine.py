@@ -28,7 +28,7 @@ from ldctl.assemble import (
     start,
 )
 from ldctl.cacheable import check_data, default_terms, open_matching
-from ldctl.caching import recall
+from ldctl.caching import recorded_metrics
 from ldctl.checkpoint import CheckpointMeta
 from ldctl.classes import ClassMatch
 from ldctl.data import DataSpec, in_class_order, open_dataset
@@ -195,7 +195,7 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
     open_folder(spec, folder, setting.faults, str(match))
     if cache:
         teaching = Teaching(None, spec.distill, cache.header.teacher_sha256, cache=cache)
-        results = recall(cache, setting)
+        results = recorded_metrics(cache, setting)
     else:
         teaching, results = meet_teacher(spec, folder, given, setting, match, resume=resume)
     if spec.compare:
