@@ -48,8 +48,7 @@ def predict(
         for batch in batches:
             moved = to_device(batch, device)
             dense = detector(detector.normalize(moved.images, moved.size_hw))
-            detections = detect(dense, moved.size_hw, moved.original_hw, moved.image_id, postprocess)
-            found += [Detections(one.image_id, one.xyxy.cpu(), one.score.cpu(), one.label.cpu()) for one in detections]
+            found += detect(dense, moved.size_hw, moved.original_hw, moved.image_id, postprocess)
             on_batch(min(len(found) * world_size, total), total)
     detector.train(was_training)
     return distributed.gather(found)
