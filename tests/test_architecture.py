@@ -32,6 +32,7 @@ LAYERS = (
     {"step", "predict"},
     {"trainer", "run_folder"},
     {"assemble"},
+    {"evaluation"},
     {"engine", "exchange"},
     {"cli"},
     {"__main__"},
