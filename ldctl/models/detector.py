@@ -163,7 +163,8 @@ def final_boxes(
 ) -> Found:
     """Return the final boxes of a batch; those of an image do not depend on the others.
 
-    Synchronises with the host four times, whatever the number of images, where suppression by class fits one kernel.
+    Synchronises with the host four times, whatever the number of images; but above 25,000 candidates torchvision
+    suppresses class by class.
 
     Args:
         dense: Predictions.
@@ -191,7 +192,8 @@ def candidates(
 ) -> Found:
     """Return the best pairs of location and class of each level above the threshold, with boxes in the network's input.
 
-    Of equal scores, the finer level comes first, then the upper and the left location, then the lower class.
+    Of equal scores, the finer level comes first, then the upper and the left location, then the lower class; which of
+    those that tie for the last place of a level are taken is left to `topk`.
 
     Args:
         dense: Predictions.
