@@ -137,7 +137,7 @@ def measure_speed(
         device: Where to compute.
         images_per_second: Of the whole pass.
     """
-    (size, _), *_ = Counter((sample.height, sample.width) for sample in dataset.samples).most_common(1)
+    size = Counter((sample.height, sample.width) for sample in dataset.samples).most_common(1)[0][0]
     alike = (sample for sample in dataset.samples if (sample.height, sample.width) == size)
     part = replace(dataset, samples=tuple(islice(alike, LATENCY_IMAGES)))
     loading = spec.data.model_copy(update={"workers": 0})

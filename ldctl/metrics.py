@@ -117,7 +117,7 @@ def to_task(dataset: Dataset, detections: Sequence[Detections]) -> Task:
         ValueError: Two entries for one image, or an entry for an image that `dataset` does not hold.
     """
     samples = list(dataset.samples)
-    image_index = {image_id: index for index, image_id in enumerate(sorted(sample.image_id for sample in samples))}
+    image_index = {image_id: index for index, image_id in enumerate(sorted({sample.image_id for sample in samples}))}
     given = [found.image_id for found in detections]
     if len(given) != len(set(given)) or not image_index.keys() >= set(given):
         raise ValueError("detections: two entries for one image, or an image that the data set does not hold")
