@@ -224,7 +224,7 @@ def _title(device: torch.device) -> str:
     """Return what to call a device: a GPU by its name, a CPU with the number of its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    return f"{device.type}, threads: {torch.get_num_threads()}" if device.type == "cpu" else device.type
 
 
 def _list(names: Sequence[str]) -> str:

@@ -77,7 +77,7 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     monkeypatch.setenv("COLUMNS", "1")
     print_speed(
         Speed(
-            device="cpu, 2 threads",
+            device="cpu, threads: 2",
             images_per_second=41.234,
             batch=8,
             latency_median_ms=23.456,
@@ -96,6 +96,6 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 │ latency, median                   │  23.5 ms │
 │ latency, 95th percentile          │ 101.0 ms │
 └───────────────────────────────────┴──────────┘
-latency: network and boxes, batch 1, input 800 x 1088 px, 50 runs on cpu, 2 threads
+latency: network and boxes, batch 1, input 800 x 1088 px, 50 runs on cpu, threads: 2
 """
     )
