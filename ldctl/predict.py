@@ -13,6 +13,13 @@ from ldctl.models.detector import Detector, PostprocessSpec, detect
 from ldctl.types import Batch, Dataset, Detections, Scaled, Targets
 
 
+@torch.no_grad()
+def find(detector: Detector, batch: Batch, postprocess: PostprocessSpec) -> list[Detections]:
+    """Return the detections of a batch that is on the detector's device, on the CPU."""
+    dense = detector(detector.normalize(batch.images, batch.size_hw))
+    return detect(dense, batch.size_hw, batch.original_hw, batch.image_id, postprocess)
+
+
 def predict(
     detector: Detector,
     dataset: Dataset,
@@ -50,13 +57,6 @@ def predict(
             on_batch(min(len(found) * world_size, total), total)
     detector.train(was_training)
     return distributed.gather(found)
-
-
-@torch.no_grad()
-def find(detector: Detector, batch: Batch, postprocess: PostprocessSpec) -> list[Detections]:
-    """Return the detections of a batch that is on the detector's device, on the CPU."""
-    dense = detector(detector.normalize(batch.images, batch.size_hw))
-    return detect(dense, batch.size_hw, batch.original_hw, batch.image_id, postprocess)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
