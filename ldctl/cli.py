@@ -304,19 +304,21 @@ def evaluate(
     assignments: Assignments = None,
     quiet: Quiet = False,
 ) -> None:
-    """Evaluate a detector: the twelve COCO figures, and AP per class.
+    """Evaluate a detector: twelve COCO figures, AP per class, speed.
 
     Example: ldctl eval runs/r50/best.safetensors --data data/coco
     """
-    from ldctl import engine
+    from ldctl import engine, evaluation
 
     flags = _given({"data.path": data, "batch": batch, "device": device})
     spec = engine.eval_spec(checkpoint, flags, assignments or [])
-    metrics = engine.evaluate(spec, detections=detections, save_detections=save_detections, quiet=quiet or as_json)
+    found = evaluation.evaluate(spec, detections=detections, save_detections=save_detections, quiet=quiet or as_json)
     if as_json:
-        typer.echo(json.dumps(metrics.to_json(), allow_nan=False))
-    else:
-        engine.print_metrics({checkpoint.stem: metrics}, per_class=True)
+        typer.echo(json.dumps(found.to_json(), allow_nan=False))
+        return
+    evaluation.print_metrics({checkpoint.stem: found.metrics}, per_class=True)
+    if found.speed:
+        evaluation.print_speed(found.speed)
 
 
 @app.command()

@@ -217,7 +217,7 @@ def distillation_losses(teaching: Teaching, lesson: Lesson, seen: Seen) -> dict[
     theirs = dict(zip(seen.at, lesson.pair.teacher.at(rows), strict=True))
     pair_at = {name: share_classes(Pair(own, theirs[name]), teaching.shared) for name, own in seen.at.items()}
     pair, where = share_classes(lesson.pair, teaching.shared), dict(seen.where)
-    for name in {term.region for term in teaching.spec.terms} - where.keys():
+    for name in sorted({term.region for term in teaching.spec.terms} - where.keys()):
         where[name] = region(name, teaching.spec, pair, lesson.assigned, lesson.targets)
     losses = {}
     for term in teaching.spec.terms:

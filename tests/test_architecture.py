@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "ldctl"
 FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     {"errors", "types", "toml_text", "locks"},
-    {"boxes", "fused", "schema", "keys", "distributed", "toml"},
+    {"boxes", "fused", "curves", "schema", "keys", "distributed", "toml"},
     {
         "assign",
         "regions",
@@ -32,7 +32,7 @@ LAYERS = (
     {"step", "predict", "cacheable"},
     {"trainer", "run_folder"},
     {"assemble"},
-    {"caching"},
+    {"caching", "evaluation"},
     {"engine", "exchange"},
     {"cli"},
     {"__main__"},
