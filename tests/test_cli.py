@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -297,6 +298,26 @@ def test_a_batch_that_ranks_cannot_share(ldctl: Callable[[str], Ran], monkeypatc
     ran = ldctl(f"teacher train {SYNTHETIC} {PLAIN}")
     message = "error: train.batch 4 does not divide into 3 ranks x 1 micro-batches: make it a multiple of 3\n"
     assert (ran.code, ran.err) == (3, message)
+
+
+def test_a_teacher_is_cached_and_a_student_distilled(
+    ldctl: Callable[[str], Ran], teacher: Path, tmp_path: Path
+) -> None:
+    shutil.copy(teacher, tmp_path / "t.safetensors")
+    recipe = "--preset ld-full " + SYNTHETIC.replace("--epochs 2 ", "")
+    ran = ldctl(f"teacher cache t.safetensors {recipe} -q")
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith("t.cache: 20 views, 0.2 MB, ")
+    assert ran.err.startswith("t.cache: 20 views, about 0.2 MB, ")
+    again = ldctl(f"teacher cache t.safetensors {recipe}")
+    assert (again.code, again.err) == (7, "error: t.cache: exists already: pass another --output\n")
+    (tmp_path / "t.safetensors").unlink()  # nobody needs it any more
+    ran = ldctl(f"distill --cache t.cache {recipe} {STUDENT} --epochs 1 -o run -q")
+    assert ran.code == 0, ran.err
+    said = f"; its file says AP {checkpoint.load_meta(teacher).metrics['ap']:.3f} for the same images\n"
+    assert f"teacher: not loaded, all that it says is in t.cache{said}" in ran.err
+    assert checkpoint.load_meta(tmp_path / "run/best.safetensors").teacher_sha256 == checkpoint.sha256(teacher)
+    assert ldctl("distill --resume -o run -q").code == 0
 
 
 def test_a_truncated_teacher(ldctl: Callable[[str], Ran], teacher: Path, tmp_path: Path) -> None:

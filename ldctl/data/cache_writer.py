@@ -63,12 +63,19 @@ class CacheWriter:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
             if is_locked(self._handle):
                 raise OutputError(f"{self._path}: another ldctl is writing here: wait for it, or pass another --output")
             self._claim()
             self.num_done = self._count_done()
         except OSError as error:
+            self.close()
             raise self._unwritable(error) from error
+        except OutputError:
+            self.close()
+            raise
 
     def append(self, batch: Sequence[ViewRows]) -> None:
         """Write the next batch of the plan.
