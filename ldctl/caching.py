@@ -184,8 +184,8 @@ def header_of(
 def taught_rows(teacher: Detector, spec: DistillSpec, header: CacheHeader, batch: Batch) -> list[ViewRows]:
     """Return what the teacher says of each image of a batch, where terms may look.
 
-    On one thread of a CPU an image's values were found not to depend on the other images of its batch, nor on their
-    number from two on; those of an image that is alone in its batch are rounded otherwise.
+    On one and two threads of a CPU an image's values were found not to depend on the other images of its batch, nor on
+    their number from two on; those of an image that is alone in its batch are rounded otherwise.
 
     Raises:
         SpecError: A value is beyond the header's `dtype`.
