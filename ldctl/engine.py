@@ -33,6 +33,7 @@ from ldctl.data.check import inspect
 from ldctl.data.synthetic import SyntheticSpec
 from ldctl.errors import DataError, ExportError, OutputError, SpecError
 from ldctl.export import OnnxExporter
+from ldctl.files import write_whole
 from ldctl.metrics import Metrics, metrics_table, per_class_table, read_coco_results, to_coco_results
 from ldctl.metrics import evaluate as evaluate_detections
 from ldctl.models.detector import Detector, ModelSpec
@@ -392,7 +393,7 @@ def evaluate(
                 on_batch=lambda done, total: status.update(f"image {done} of {total}"),
             )
     if save_detections:
-        checkpoint.write_whole(save_detections, json.dumps(to_coco_results(dataset, found)).encode())
+        write_whole(save_detections, json.dumps(to_coco_results(dataset, found)).encode())
     return evaluate_detections(dataset, found)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TypeGuard, cast
 
@@ -58,12 +57,13 @@ def read_coco(root: Path, split: Split, annotations: Path) -> Raw:
     images, skipped = _images(_entries(document, "images", annotations), annotations, faults)
     reader = _BoxReader(str(annotations), images, skipped, {category: row for row, category in enumerate(classes)})
     boxes = reader.read(_entries(document, "annotations", annotations), trains=split == "train")
-    folder = _image_folder(root, annotations, [image.file for image in images.values()])
+    folder = image_folder(root, annotations, [image.file for image in images.values()])
     return Raw(
         name=str(annotations),
         classes=tuple(classes.values()),
         category_id=tuple(classes),
-        images=[replace(image, file=folder / image.file) for image in images.values()],
+        folder=folder,
+        images=list(images.values()),
         boxes=boxes,
         noun="annotation",
         faults=[*faults, *reader.faults],
@@ -157,15 +157,28 @@ def _image(entry: object, source: str) -> ImageEntry | str:
     return ImageEntry(image_id, Path(PurePosixPath(name)), height, width, source)
 
 
-def _image_folder(root: Path, annotations: Path, files: list[Path]) -> Path:
-    """Return the first of the usual folders that holds one of the images."""
+def probes(files: list[Path]) -> list[Path]:
+    """Return the files to look for when looking for their folder: some, from all over the list."""
+    return files[:: max(len(files) // _PROBES, 1)]
+
+
+def image_folder(root: Path, annotations: Path, files: list[Path]) -> Path:
+    """Return the first of the usual folders that holds one of the images.
+
+    Args:
+        root: Folder of the data set.
+        annotations: The annotation file.
+        files: Of the images, as they stand in it; their `probes` do as well.
+
+    Raises:
+        DataError: None does.
+    """
     stem = annotations.stem
     names = dict.fromkeys((stem.rsplit("_", 1)[-1], stem))
     folders = [folder for name in names for folder in (root / name, root / "images" / name)]
     folders += [root / "images", root / "JPEGImages", root, annotations.parent]
-    probes = files[:: max(len(files) // _PROBES, 1)]
     for folder in folders:
-        if any((folder / file).is_file() for file in probes):
+        if any((folder / file).is_file() for file in probes(files)):
             return folder
     if not files:
         return root

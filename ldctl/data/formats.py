@@ -10,9 +10,11 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from ldctl.data.coco import annotation_places, find_annotations, read_coco
-from ldctl.data.raw import Raw, Split, assemble
+from ldctl.data.coco import annotation_places, find_annotations
+from ldctl.data.index import open_coco
+from ldctl.data.raw import Split, assemble
 from ldctl.data.synthetic import SyntheticSpec, synthetic_dataset
+from ldctl.data.table import relabelled
 from ldctl.data.voc import read_voc, set_name
 from ldctl.data.yolo import find_yaml, read_yolo
 from ldctl.errors import DataError
@@ -90,7 +92,7 @@ def open_dataset(spec: DataSpec, split: Split) -> Dataset:
     if spec.format == "synthetic":
         return synthetic_dataset(spec.synthetic, split)
     with _without_collector():
-        return assemble(_read(spec, split), split)
+        return _read(spec, split)
 
 
 def check_classes(train: Dataset, val: Dataset) -> None:
@@ -138,11 +140,11 @@ def in_class_order(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
         dataset,
         classes=classes,
         category_id=tuple(dataset.category_id[dataset.classes.index(name)] for name in classes),
-        samples=tuple(replace(sample, label=new_label[sample.label]) for sample in dataset.samples),
+        samples=relabelled(dataset.samples, new_label),
     )
 
 
-def _read(spec: DataSpec, split: Split) -> Raw:
+def _read(spec: DataSpec, split: Split) -> Dataset:
     path = Path(spec.path)
     if not path.exists():
         raise DataError(
@@ -152,12 +154,12 @@ def _read(spec: DataSpec, split: Split) -> Raw:
     value, other = (spec.train, spec.val) if split == "train" else (spec.val, spec.train)
     found = _detect(path, spec) if spec.format == "auto" else spec.format
     if found == "coco" and (annotations := find_annotations(path, split, value)):
-        return read_coco(path, split, annotations)
+        return open_coco(path, split, annotations)
     if found == "yolo" and (yaml := find_yaml(path)):
-        return read_yolo(yaml, split, value)
+        return assemble(read_yolo(yaml, split, value), split)
     if found == "voc":
         other_split: Split = "val" if split == "train" else "train"
-        return read_voc(path, set_name(path, split, value), set_name(path, other_split, other))
+        return assemble(read_voc(path, set_name(path, split, value), set_name(path, other_split, other)), split)
     raise DataError(_not_found(path, split, value, found))
 
 

@@ -134,7 +134,7 @@ def epoch_order(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Int
     """Return which samples make up each global batch of an epoch; see the top of this file for the rule."""
     rng = np.random.default_rng((seed, epoch))
     shuffled = rng.permutation(len(dataset.samples))
-    is_wide = np.array([sample.width > sample.height for sample in dataset.samples])[shuffled]
+    is_wide = (dataset.samples.width > dataset.samples.height)[shuffled]
     full, left = [], []
     for group in (shuffled[is_wide], shuffled[~is_wide]):
         whole = len(group) // batch_size * batch_size
@@ -229,7 +229,7 @@ def _load(batches: _Batches, steps: range, workers: int) -> Generator[Batch, Non
         worker_init_fn=_leave_signals,
     )
     # decided for the data set, not for the batch: all ranks have to take the same way through a step
-    is_annotated = all(sample.is_labelled for sample in batches.dataset.samples)
+    is_annotated = batches.dataset.samples.is_labelled.all()
     iterator = iter(loader)
     try:
         for packed in iterator:
