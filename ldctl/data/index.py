@@ -31,7 +31,7 @@ from ldctl.types import Dataset, Fault, Table
 VERSION = 1  # of the arrays, and of the rules by which annotations become samples
 WORTHWHILE = 10_000_000  # bytes of annotations; fewer are parsed in a third of a second
 _BLOCKS, _BLOCK_BYTES = 64, 65_536  # of an annotation file that are hashed, from all over it
-_TEXT, _SUM = "ldctl-index", "crc32"
+_TEXT = "ldctl-index"  # of the strings in a safetensors header: a checksum, a space, and a JSON object
 _COLUMNS = dict.fromkeys(("image_id", "height", "width", "first_byte", "first_object", "label"), "int64")
 _COLUMNS |= {"names": "uint8", "xyxy": "float32", "area": "float32", "is_labelled": "bool", "is_crowd": "bool"}
 
@@ -89,9 +89,8 @@ def open_coco(root: Path, split: Split, annotations: Path) -> Dataset:
 def store(file: Path, about: Mapping[str, Any], arrays: Arrays) -> None:
     """Write arrays to a file, if it can be written."""
     text = json.dumps(dict(about))
-    texts = {_TEXT: text, _SUM: _checksum(text, arrays)}
     with contextlib.suppress(OutputError):
-        write_whole(file, safetensors.numpy.save(arrays, texts))
+        write_whole(file, safetensors.numpy.save(arrays, {_TEXT: f"{_checksum(text, arrays)} {text}"}))
 
 
 def load(file: Path) -> Stored | None:
@@ -103,9 +102,8 @@ def load(file: Path) -> Stored | None:
             arrays = {name: opened.get_tensor(name).numpy() for name in opened.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError):
         return None
-    if texts.get(_SUM) != _checksum(texts.get(_TEXT, ""), arrays):
-        return None
-    return Stored(json.loads(texts[_TEXT]), arrays, texts[_SUM])
+    checksum, _, text = texts.get(_TEXT, "").partition(" ")
+    return Stored(json.loads(text), arrays, checksum) if checksum == _checksum(text, arrays) else None
 
 
 def _checksum(text: str, arrays: Arrays) -> str:
@@ -123,7 +121,7 @@ def _identity(annotations: Path) -> dict[str, Any] | None:
             return None
         digest = hashlib.sha256()
         with annotations.open("rb") as file:
-            for start in np.linspace(0, status.st_size - _BLOCK_BYTES, _BLOCKS).astype(np.int64).tolist():
+            for start in np.linspace(0, max(status.st_size - _BLOCK_BYTES, 0), _BLOCKS).astype(np.int64).tolist():
                 file.seek(start)
                 digest.update(file.read(_BLOCK_BYTES))
     except OSError:  # said where it is read
@@ -187,7 +185,7 @@ def _is_sound(arrays: Arrays, num_classes: int) -> bool:
 
 
 def _are_starts(values: Int64[np.ndarray, " _"], count: int, end: int) -> bool:
-    return values.shape == (count + 1,) and values[0] == 0 and values[-1] == end and bool((np.diff(values) >= 0).all())
+    return values.shape == (count + 1,) and bool(values[0] == 0 and values[-1] == end and (np.diff(values) >= 0).all())
 
 
 def _stay_inside(names: UInt8[np.ndarray, " M"], first_byte: Int64[np.ndarray, " _"]) -> bool:
