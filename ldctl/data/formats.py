@@ -40,6 +40,9 @@ class DataSpec(Spec):
             in it, both ends included; evaluation takes the upper end.
         long_side: Most pixels of the longer side; wins over `short_side`.
         flip: Probability of a horizontal flip in training.
+        scaled_jpeg: Decode a JPEG in training at 1/2, 1/4 or 1/8 of its size where that is no smaller than what is
+            shown of it: takes less time where images have many megapixels. What is shown is then a little smoother than
+            in evaluation, which always decodes in full.
         workers: Processes that load images, at most one per CPU core; 0 loads in the training process.
     """
 
@@ -53,6 +56,7 @@ class DataSpec(Spec):
     short_side: tuple[int, int] = (800, 800)
     long_side: int = Field(default=1333, ge=32)
     flip: float = Field(default=0.5, ge=0, le=1)
+    scaled_jpeg: bool = False
     workers: int = Field(default=8, ge=0)
 
     def scaled(self, scale: float) -> "DataSpec":

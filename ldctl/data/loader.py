@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -27,8 +27,9 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from ldctl.boxes import PAD_MULTIPLE
 from ldctl.data.augment import View, eval_view, place, scaled, show, train_view
 from ldctl.data.formats import DataSpec
+from ldctl.data.images import read_sample
 from ldctl.errors import DataError, SpecError
-from ldctl.types import Batch, Dataset, Scaled, Targets
+from ldctl.types import Batch, Dataset, Sample, Scaled, Targets
 
 # What crosses from a worker: a few tensors (each costs a file handle; images and their sizes at each scale come last),
 # or the text of a DataError.
@@ -92,7 +93,7 @@ def train_batches(
     multiple = round(PAD_MULTIPLE / min(teacher_scale, 1.0))  # so that a smaller teacher's input has whole strides, too
     plan = _TrainPlan(dataset, spec, order, seed, epoch, rank, world_size, multiple)
     yield from _load(
-        _Batches(dataset, plan, with_targets=True, teacher_scale=teacher_scale),
+        _Batches(dataset, plan, with_targets=True, teacher_scale=teacher_scale, scaled_jpeg=spec.scaled_jpeg),
         range(first_step, len(order)),
         spec.workers,
     )
@@ -181,6 +182,7 @@ class _Batches(TorchDataset[_Packed | str]):
     plan: Callable[[int], _Plan]
     with_targets: bool
     teacher_scale: float = 1.0
+    scaled_jpeg: bool = False
 
     def __getitem__(self, step: int) -> _Packed | str:
         try:
@@ -197,7 +199,7 @@ class _Batches(TorchDataset[_Packed | str]):
             for scale in scales
         ]
         for row, (sample, view) in enumerate(zip(samples, plan.views, strict=True)):
-            pixels = self.dataset.read(sample)
+            pixels = self._read(sample, scaled(view, max(scales)))
             for images, scale in zip(shown, scales, strict=True):
                 part = scaled(view, scale)
                 images[row, :, : part.height, : part.width] = show(pixels, part)
@@ -214,6 +216,12 @@ class _Batches(TorchDataset[_Packed | str]):
         sizes_hw = [_sizes_hw([scaled(view, scale) for view in plan.views]) for scale in scales]
         about = torch.tensor([(s.height, s.width, s.image_id, s.is_labelled) for s in samples], dtype=torch.int64)
         return about, xyxy, label, is_object, *shown, *sizes_hw
+
+    def _read(self, sample: Sample, largest: View) -> UInt8[Tensor, "3 H W"]:
+        """Return the pixels of an image, or at least as many as its largest view has."""
+        if self.scaled_jpeg and self.dataset.read is read_sample:
+            return read_sample(sample, (largest.height, largest.width))
+        return self.dataset.read(sample)
 
 
 def _load(batches: _Batches, steps: range, workers: int) -> Generator[Batch, None, None]:
