@@ -21,6 +21,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
 _TAIL_BYTES = 4096  # enough for the padding that cameras and file systems leave behind an image
 _ZERO_BYTES = 16  # a run that compressed data does not end in
+_FRACTIONS = (8, 4, 2)  # of its size at which JPEG can be decoded
 _LAST_BYTES = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
 
@@ -60,8 +61,9 @@ def read_sample(sample: Sample, least_hw: tuple[int, int] | None = None) -> UInt
 
     Args:
         sample: The image.
-        least_hw: If given, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size (rounded up), the smallest that is not
-            below this height and width. Each pixel is then about the mean of those that it stands for.
+        least_hw: If given, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, the smallest that is not below this height
+            and width and a whole number of pixels, so that boxes stay where they are. Each pixel is then about the mean
+            of those that it stands for.
 
     Raises:
         DataError: The file cannot be read, or has another size than the annotations say: boxes would be misplaced.
@@ -70,10 +72,19 @@ def read_sample(sample: Sample, least_hw: tuple[int, int] | None = None) -> UInt
         header = _header(image)
         check_size(sample, header)
         turn = header.upright_hw == (sample.height, sample.width)
-        if least_hw is not None:
-            height, width = least_hw[::-1] if turn and _orientation(image) in _QUARTER_TURNS else least_hw
-            image.draft(None, (width, height))  # of other formats this is nothing
-        return _pixels(image, sample.file, turn=turn, is_whole=image.size == header.stored_hw[::-1])
+        if least_hw and turn and _orientation(image) in _QUARTER_TURNS:
+            least_hw = least_hw[::-1]
+        fraction = _fraction(header.stored_hw, least_hw) if least_hw and header.format == "JPEG" else 1
+        if fraction > 1:
+            height, width = header.stored_hw
+            image.draft(None, (width // fraction, height // fraction))
+        return _pixels(image, sample.file, turn=turn, is_whole=fraction == 1)
+
+
+def _fraction(size_hw: tuple[int, int], least_hw: tuple[int, int]) -> int:
+    """Return by how much to divide a size so that it stays whole and not below another one."""
+    sides = tuple(zip(size_hw, least_hw, strict=True))
+    return next((f for f in _FRACTIONS if all(side % f == 0 and side // f >= least for side, least in sides)), 1)
 
 
 def read_image(path: Path) -> UInt8[Tensor, "3 H W"]:
