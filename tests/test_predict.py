@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from datasets import image_dataset
+from torch.testing import assert_close
 
 from ldctl.data import DataSpec
 from ldctl.data.loader import train_batches
@@ -27,9 +28,7 @@ def sums(batch: Batch) -> torch.Tensor:
     """Return what changes with every value of a batch that has come over."""
     assert batch.for_teacher is not None
     seen = (batch.images, batch.for_teacher.images, batch.size_hw, batch.original_hw, *vars(batch.targets).values())
-    return torch.stack(
-        [(value.double().flatten() * torch.arange(value.numel(), device=value.device)).sum() for value in seen]
-    )
+    return torch.stack([(v.double().flatten() * torch.arange(v.numel(), device=v.device)).sum() for v in seen])
 
 
 def test_batches_arrive_one_at_a_time(dataset: Dataset) -> None:
@@ -56,4 +55,4 @@ def test_copies_beside_computation_bring_every_value(dataset: Dataset) -> None:
     for batch in on_device(batches(dataset), device):
         torch.cuda._sleep(20_000_000)  # cycles
         found.append(sums(batch))
-    assert torch.equal(torch.stack(found).cpu(), expected)
+    assert_close(torch.stack(found).cpu(), expected, rtol=1e-12, atol=0)
