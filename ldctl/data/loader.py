@@ -11,6 +11,7 @@ them is filled up with images from the front of the shuffled list. An epoch thus
 at most `batch_size - 1` times an image again.
 """
 
+import math
 import os
 import signal
 from collections.abc import Callable, Generator, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -194,10 +195,7 @@ class _Batches(TorchDataset[_Packed | str]):
         samples = [self.dataset.samples[index] for index in plan.index]
         scales = (1.0,) if self.teacher_scale == 1 else (1.0, self.teacher_scale)
         height, width = plan.padded_hw
-        shown = [
-            torch.zeros((len(samples), 3, int(height * scale), int(width * scale)), dtype=torch.uint8)
-            for scale in scales
-        ]
+        shown = [_black(len(samples), int(height * scale), int(width * scale)) for scale in scales]
         for row, (sample, view) in enumerate(zip(samples, plan.views, strict=True)):
             pixels = self._read(sample, scaled(view, max(scales)))
             for images, scale in zip(shown, scales, strict=True):
@@ -266,6 +264,15 @@ def _leave_signals(_: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last is Unix's
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _black(num_images: int, height: int, width: int) -> UInt8[Tensor, "B 3 H W"]:
+    """Return images of zeros; of a worker's, in the memory that it shares, where they would else be copied to."""
+    shape = (num_images, 3, height, width)
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]  # zeros, as new memory is
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def _sizes_hw(views: Sequence[View]) -> Int64[Tensor, "B 2"]:
