@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path, PurePosixPath
-from typing import TypeGuard, cast
+from typing import TypeGuard
 
 import numpy as np
 
@@ -223,36 +223,42 @@ class _BoxReader:
 
     def _add(self, entry: Json, position: int) -> None:
         number, image_id, category = entry.get("id"), entry.get("image_id"), entry.get("category_id")
-        where = f"annotation {_short(number)}"
         row = self._rows.get(image_id) if type(image_id) is int else None
         if row is None:
             if repr(image_id) not in self._skipped:  # else its image is reported already
-                self._report(where, f"there is no image with id {_short(image_id)}", "annotation dropped")
+                problem = f"there is no image with id {_short(image_id)}"
+                self._report(self._where(entry), problem, "annotation dropped")
             return
-        where += f" of {self._images[cast('int', image_id)].file.name}"
         label = self._labels.get(category) if type(category) is int else None
         if label is None:
-            self._report(where, f"there is no category with id {_short(category)}", "annotation dropped")
+            problem = f"there is no category with id {_short(category)}"
+            self._report(self._where(entry), problem, "annotation dropped")
             return
         corners = entry.get("bbox")
         if not (isinstance(corners, list) and len(corners) == 4 and all(map(_is_number, corners))):
-            self._report(where, f"bbox {_short(corners)} is not four numbers", "annotation dropped")
+            self._report(self._where(entry), f"bbox {_short(corners)} is not four numbers", "annotation dropped")
             return
         is_crowd = entry.get("iscrowd", 0)
         if is_crowd not in (0, 1):
-            self._report(where, f"iscrowd {_short(is_crowd)} is neither 0 nor 1", "annotation dropped")
+            problem = f"iscrowd {_short(is_crowd)} is neither 0 nor 1"
+            self._report(self._where(entry), problem, "annotation dropped")
             return
         key = number if type(number) is int and abs(number) < 2**53 else None
         area = _number(entry.get("area"))
         found = (row, *map(_number, corners), label, area, float(is_crowd), position if key is None else key)
         if key is not None and (first := self._by_id.setdefault(key, found)) is not found:
             is_same = first[:6] == found[:6]
-            self._report(
-                where, "the id is used before", "annotation dropped: it repeats the first" if is_same else "kept"
-            )
+            action = "annotation dropped: it repeats the first" if is_same else "kept"
+            self._report(self._where(entry), "the id is used before", action)
             if is_same:
                 return
         self._found.append(found)
+
+    def _where(self, entry: Json) -> str:
+        """Name an annotation, and its image where there is one; only of a fault, since it takes longer than to read."""
+        image_id = entry.get("image_id")
+        image = self._images.get(image_id) if type(image_id) is int else None
+        return f"annotation {_short(entry.get('id'))}" + (f" of {image.file.name}" if image else "")
 
     def _report(self, item: str, problem: str, action: str) -> None:
         self.faults.append(Fault(self._source, item, problem, action))

@@ -163,13 +163,13 @@ def test_large_photos(tmp_path: Path) -> None:
         "scaled": lambda one: read_sample(one, (view.height, view.width)),
     }
     used: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(ROUNDS):
+    for _ in range(5):
         for name, way in ways.items():
             start = time.process_time()
             for one in samples:
                 show(way(one), view)
             used[name].append((time.process_time() - start) / len(samples) * 1000)
-    ms = {name: statistics.median(values) for name, values in used.items()}
+    ms = {name: min(values) for name, values in used.items()}
     report(bench="12 megapixels", **{f"{name}_ms": value for name, value in ms.items()})
     assert ms["pillow"] > 1.4 * ms["full"]
     assert ms["full"] > 1.2 * ms["scaled"]
