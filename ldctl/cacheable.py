@@ -116,6 +116,7 @@ def _built_for(header: CacheHeader, spec: DistillSpec) -> dict[str, tuple[object
     asked: dict[str, tuple[object, object]] = {
         "data.short_side": ([header.short_side] * 2, list(data.short_side)),
         "data.long_side": (header.long_side, data.long_side),
+        "data.scaled_jpeg": (header.scaled_jpeg, data.scaled_jpeg),
         "data.flip": (data.flip if has_flips else float(header.flips[0]), data.flip),
         "student.head.kind": (kind, head),
     }

@@ -164,6 +164,7 @@ def header_of(
         flips=flips(spec.data),
         short_side=spec.data.short_side[1],
         long_side=spec.data.long_side,
+        scaled_jpeg=spec.data.scaled_jpeg,
         assignment=assignment(spec),
         edge_regions=regions_read(spec, READS_EDGES),
         cls_regions=regions_read(spec, READS_CLASSES),

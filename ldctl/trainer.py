@@ -23,7 +23,7 @@ from ldctl.log import MetricsLog, Progress, truncate_after
 from ldctl.metrics import Metrics, evaluate
 from ldctl.models.detector import Detector, PostprocessSpec
 from ldctl.optim import Ema, build_optimizer, load_optimizer_state, lr_factor, optimizer_state, scaled_lr, set_lr
-from ldctl.predict import predict, to_device
+from ldctl.predict import on_device, predict
 from ldctl.spec import TrainSpec
 from ldctl.step import Learner, Teaching, count_positive, gradient_shares, split, training_losses
 from ldctl.types import Batch, Dataset
@@ -202,9 +202,9 @@ class Trainer:
         """Take a step with each batch; record, save and stop where that is due."""
         job, train = self.job, self.job.train
         unseen, waited, mark = 0, 0.0, time.monotonic()
-        for batch in batches:
+        for batch in on_device(batches, job.device):
             waited += time.monotonic() - mark
-            self.pending.append(self._optimize(to_device(batch, job.device)))
+            self.pending.append(self._optimize(batch))
             self.step += 1
             unseen += train.batch
             if self.shares:

@@ -366,6 +366,11 @@ MADE_FOR: dict[str, tuple[dict[str, object], str]] = {
         'was made for distill.vlr "diou", not "reference"; distill.gamma 0.25, not 0.5: pass --set distill.vlr="diou" '
         "--set distill.gamma=0.25, or make another with `ldctl teacher cache`",
     ),
+    "decoding": (
+        {"data__scaled_jpeg": True},
+        "was made for data.scaled_jpeg false, not true: pass --set data.scaled_jpeg=false, or make another with "
+        "`ldctl teacher cache`",
+    ),
     "head": (
         {"student__head__kind": "fcos", "distill__terms": [{"kind": "kd"}]},
         'was made for student.head.kind "gfl", not "fcos": pass --set student.head.kind="gfl", or make another with '

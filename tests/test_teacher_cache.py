@@ -33,6 +33,7 @@ def header(**values: object) -> CacheHeader:
         "flips": (False, True),
         "short_side": 64,
         "long_side": 96,
+        "scaled_jpeg": False,
         "assignment": "atss",
         "edge_regions": ("main", "vlr"),
         "cls_regions": ("main",),

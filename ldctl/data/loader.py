@@ -12,6 +12,7 @@ at most `batch_size - 1` times an image again. On canvases (`DataSpec.canvas`) w
 a batch of its own, which is filled up from that group.
 """
 
+import math
 import os
 import signal
 from collections.abc import Callable, Generator, Sequence
@@ -19,18 +20,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ldctl.boxes import PAD_MULTIPLE
 from ldctl.data.augment import Objects, View, canvas, eval_view, fixed_view, place, scaled, show, train_view
 from ldctl.data.formats import DataSpec
+from ldctl.data.images import read_sample
 from ldctl.data.teacher_cache import TeacherCache
 from ldctl.errors import CheckpointError, DataError, LdctlError, SpecError
-from ldctl.types import Batch, Dataset, Scaled, Targets, TeacherRows
+from ldctl.types import Batch, Dataset, Sample, Scaled, Targets, TeacherRows
 
 # What crosses from a worker: a few tensors (each costs a file handle; images and their sizes at each scale come last),
 # or what is wrong, as an object: raised there, it would lose its class on the way.
@@ -98,7 +100,9 @@ def train_batches(
     multiple = round(PAD_MULTIPLE / min(teacher_scale, 1.0))  # so that a smaller teacher's input has whole strides, too
     plan = _TrainPlan(dataset, spec, order, seed, epoch, rank, world_size, multiple)
     yield from _load(
-        _Batches(dataset, plan, with_targets=True, teacher_scale=teacher_scale, cache=cache),
+        _Batches(
+            dataset, plan, with_targets=True, teacher_scale=teacher_scale, scaled_jpeg=spec.scaled_jpeg, cache=cache
+        ),
         range(first_step, len(order)),
         spec.workers,
     )
@@ -166,18 +170,15 @@ def view_batches(
     Raises:
         DataError: An image cannot be read.
     """
-    plans = []
-    for views in plan:
-        chosen = [views[slot % len(views)] for slot in range(batch_size)]
-        shown = tuple(fixed_view(dataset.samples[index], spec, is_flipped) for index, is_flipped in chosen)
-        size = _common_size([canvas(dataset.samples[chosen[0][0]], spec)])
-        plans.append(_Plan(tuple(index for index, _ in chosen), shown, size))
-    yield from _load(_Batches(dataset, plans.__getitem__, with_targets=True), range(len(plans)), spec.workers)
+    batches = _Batches(
+        dataset, _ViewPlan(dataset, spec, plan, batch_size), with_targets=True, scaled_jpeg=spec.scaled_jpeg
+    )
+    yield from _load(batches, range(len(plan)), spec.workers)
 
 
 def is_wide(dataset: Dataset) -> Bool[np.ndarray, " N"]:
     """Tell which images are wider than high."""
-    return np.array([sample.width > sample.height for sample in dataset.samples])
+    return dataset.samples.width > dataset.samples.height
 
 
 def epoch_order(
@@ -231,6 +232,24 @@ class _TrainPlan:
 
 
 @dataclass(frozen=True)
+class _ViewPlan:
+    """Plans the batches of `view_batches` one by one, in the worker that loads them."""
+
+    dataset: Dataset
+    spec: DataSpec
+    plan: Sequence[Sequence[tuple[int, bool]]]
+    batch_size: int
+
+    def __call__(self, step: int) -> _Plan:
+        views = self.plan[step]
+        chosen = [views[slot % len(views)] for slot in range(self.batch_size)]
+        samples = [self.dataset.samples[index] for index, _ in chosen]
+        shown = [fixed_view(one, self.spec, is_flipped) for one, (_, is_flipped) in zip(samples, chosen, strict=True)]
+        size = _common_size([canvas(samples[0], self.spec)])
+        return _Plan(tuple(index for index, _ in chosen), tuple(shown), size)
+
+
+@dataclass(frozen=True)
 class _Batches(TorchDataset[_Packed | LdctlError]):
     """The batches of an epoch by number, or what is wrong with an image or the cache."""
 
@@ -238,6 +257,7 @@ class _Batches(TorchDataset[_Packed | LdctlError]):
     plan: Callable[[int], _Plan]
     with_targets: bool
     teacher_scale: float = 1.0
+    scaled_jpeg: bool = False
     cache: TeacherCache | None = None
 
     def __getitem__(self, step: int) -> _Packed | LdctlError:
@@ -250,12 +270,9 @@ class _Batches(TorchDataset[_Packed | LdctlError]):
         samples = [self.dataset.samples[index] for index in plan.index]
         scales = (1.0,) if self.teacher_scale == 1 else (1.0, self.teacher_scale)
         height, width = plan.padded_hw
-        shown = [
-            torch.zeros((len(samples), 3, int(height * scale), int(width * scale)), dtype=torch.uint8)
-            for scale in scales
-        ]
+        shown = [_black(len(samples), int(height * scale), int(width * scale)) for scale in scales]
         for row, (sample, view) in enumerate(zip(samples, plan.views, strict=True)):
-            pixels = self.dataset.read(sample)
+            pixels = self._read(sample, scaled(view, max(scales)))
             for images, scale in zip(shown, scales, strict=True):
                 part = scaled(view, scale)
                 images[row, :, : part.height, : part.width] = show(pixels, part)
@@ -268,6 +285,12 @@ class _Batches(TorchDataset[_Packed | LdctlError]):
             dtype=torch.int64,
         )
         return about, targets.gt_xyxy, targets.gt_label, targets.is_object, *taught, *shown, *sizes_hw
+
+    def _read(self, sample: Sample, largest: View) -> UInt8[Tensor, "3 H W"]:
+        """Return the pixels of an image, or at least as many as its largest view has."""
+        if self.scaled_jpeg and self.dataset.read is read_sample:
+            return read_sample(sample, (largest.height, largest.width))
+        return self.dataset.read(sample)
 
 
 def padded(objects: Sequence[Objects], num_images: int) -> Targets:
@@ -313,7 +336,7 @@ def _load(batches: _Batches, steps: range, workers: int) -> Generator[Batch, Non
         worker_init_fn=_leave_signals,
     )
     # decided for the data set, not for the batch: all ranks have to take the same way through a step
-    is_annotated = all(sample.is_labelled for sample in batches.dataset.samples)
+    is_annotated = batches.dataset.samples.is_labelled.all()
     iterator = iter(loader)
     try:
         for packed in iterator:
@@ -361,6 +384,15 @@ def _leave_signals(_: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last is Unix's
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _black(num_images: int, height: int, width: int) -> UInt8[Tensor, "B 3 H W"]:
+    """Return images of zeros; of a worker's, in the memory that it shares, where they would else be copied to."""
+    shape = (num_images, 3, height, width)
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]  # zeros, as new memory is
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def _sizes_hw(views: Sequence[View]) -> Int64[Tensor, "B 2"]:

@@ -56,6 +56,7 @@ class CacheHeader(Spec):
         flips: Whether views are mirrored: one or both.
         short_side: Pixels of the shorter side of an image.
         long_side: Most pixels of the longer side.
+        scaled_jpeg: See `DataSpec`.
         assignment: The rule by which the student's head assigns objects.
         edge_regions: Where it tells edges.
         cls_regions: Where it tells classes.
@@ -85,6 +86,7 @@ class CacheHeader(Spec):
     flips: tuple[bool, ...] = Field(min_length=1, max_length=2)
     short_side: int
     long_side: int
+    scaled_jpeg: bool
     assignment: Literal["atss", "fcos"]
     edge_regions: tuple[CachedRegion, ...]
     cls_regions: tuple[CachedRegion, ...]
