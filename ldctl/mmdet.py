@@ -1,6 +1,7 @@
 """Weights of dense detectors from and to mmdet 2 and 3, which name and shape them alike.
 
-Read and written are GFL, and what forks of mmdet have of its kind: GFLv2, and ATSS and FCOS with edge distributions.
+Read and written are GFL, and what forks of mmdet have of its kind: GFLv2, and ATSS, FCOS and RetinaNet with edge
+distributions.
 
 The backbone must be of mmdet's "pytorch" style, as in every GFL and LD configuration. A "caffe" backbone (FCOS
 configurations) has the same names and shapes, yet another stride placement and other input statistics: nothing in a

@@ -89,7 +89,8 @@ def vlr_region(spec: RegionSpec, assigned: Assigned, targets: Targets, locations
 
     Source: LD (CVPR 2022, arXiv:2102.12252), algorithm 1.
 
-    Differs from the paper: weighted by IoU instead of a mask, as in the released code. A location may also be positive.
+    Differs from the paper: weighted by IoU instead of a mask, as in the released code. A location may also be positive,
+    or ignored by RetinaNet's assigner; the released code takes positives out for RetinaNet, and for no other head.
     """
     iou, overlap = vlr_overlap(prior_boxes(locations), targets.gt_xyxy, spec.vlr)
     weight = vlr_weights(iou, overlap, assigned.threshold, gamma=spec.gamma)

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ldctl.assign import assign, assign_fcos
-from ldctl.boxes import PAD_MULTIPLE, location_grid
+from ldctl.assign import assign, assign_fcos, assign_max_iou
+from ldctl.boxes import PAD_MULTIPLE
 from ldctl.distill.crosskd import aligned_towers
 from ldctl.distributed import reduce_mean, world_size
 from ldctl.losses import (
@@ -18,6 +18,7 @@ from ldctl.losses import (
     centerness_losses,
     detection_losses,
     normalizer,
+    overlap_losses,
     positive_count,
 )
 from ldctl.models.detector import Detector, PostprocessSpec
@@ -34,6 +35,10 @@ from ldctl.pairing import (
 from ldctl.regions import main_region, region
 from ldctl.spec import DistillationSpec
 from ldctl.types import Assigned, Batch, Dense, Locations, Normalizer, Pair, Scaled, Targets, Where
+
+# What other kinds of heads have in the place of GFL's: the rule of assignment, and the losses.
+RULES = {"fcos": assign_fcos, "retina": assign_max_iou}
+OWN_LOSSES = {"atss": centerness_losses, "fcos": centerness_losses, "retina": overlap_losses}
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ def training_losses(
     norm = normalizer(teaching.spec.normalize if teaching else "synced", assigned, boxes, parts=parts)
     if num_positive is not None:
         norm = replace(norm, num_positive=num_positive)
-    own_losses = centerness_losses if has_centerness else detection_losses
+    own_losses = OWN_LOSSES.get(detector.spec.head.kind, detection_losses)
     named = own_losses(losses, dense, assigned, boxes, norm)
     if teaching is None:
         return named
@@ -188,7 +193,7 @@ def compare(teaching: Teaching, images: Float[Tensor, "B 3 H W"], student: Dense
 
 def assign_by_head(detector: Detector, locations: Locations, targets: Targets, batch: Batch) -> Assigned:
     """Assign objects to locations by the rule of the detector's head."""
-    rule = assign_fcos if detector.spec.head.kind == "fcos" else assign
+    rule = RULES.get(detector.spec.head.kind, assign)
     return rule(locations, targets, padded_hw(batch.size_hw), detector.num_classes)
 
 
@@ -273,7 +278,7 @@ def count_positive(detector: Detector, batch: Batch) -> Float[Tensor, ""]:
     """Count the positives of a batch, at least one per labelled image, averaged over ranks; needs no prediction."""
     height, width = batch.images.shape[-2:]
     sizes_hw = tuple((-(-height // stride), -(-width // stride)) for stride in detector.strides)
-    locations = location_grid(sizes_hw, detector.strides, batch.images.device, detector.spec.head.location_offset)
+    locations = detector.head.locations(sizes_hw, batch.images.device)
     count = reduce_mean(positive_count(assign_labelled(detector, locations, batch)).float())
     return count.clamp(min=1 / world_size())  # without labelled images, the losses of those are 0 and have to stay so
 

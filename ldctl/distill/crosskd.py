@@ -56,7 +56,7 @@ class CrossKDClass(Spec):
         crossed = pair.crossed.cls.flatten(0, 1)[where.row].float()
         teacher = pair.teacher.cls.flatten(0, 1)[where.row].float()
         per_row = binary_distillation(crossed, teacher, self.beta)
-        return self.weight * (per_row * where.weight).sum() / norm.num_positive
+        return self.weight * (per_row * at_teachers(where.weight, pair)).sum() / norm.num_positive
 
 
 class CrossKDBox(Spec):
@@ -90,10 +90,21 @@ class CrossKDBox(Spec):
         assert pair.crossed is not None, "the step makes cross-head predictions where a term asks for them"
         crossed = pair.crossed.edge.flatten(0, 1)[where.row]
         teacher = pair.teacher.edge.flatten(0, 1)[where.row]
-        score = pair.teacher.best_score.detach().flatten()[where.row] * where.weight
+        score = pair.teacher.best_score.detach().flatten()[where.row] * at_teachers(where.weight, pair)
         total_score = score.sum() if norm.kind == "reference" else reduce_mean(score.sum())
         per_row = localization_distillation(crossed, teacher, CROSS_TEMPERATURE, self.class_reduction)
         return self.weight * (per_row * score).sum() / total_score.clamp(min=EPS)
+
+
+def at_teachers(weight: Float[Tensor, " N"], pair: Pair) -> Float[Tensor, " M"]:
+    """Return the weights of the teacher's locations, of which a cell may have another number than of the student's.
+
+    Args:
+        weight: Of all of the student's locations; those of a cell have the same.
+        pair: Student and teacher.
+    """
+    own, other = pair.student.locations.num_priors, pair.teacher.locations.num_priors
+    return weight if own == other else weight[::own].repeat_interleave(other)
 
 
 def aligned_towers(student: TowerMaps, teacher: TowerMaps, towers: Collection[str]) -> TowerMaps:
