@@ -33,11 +33,14 @@ class HeadSpec(Spec):
             these three have no edge distributions.
         reg_max: Largest bin of an edge distribution, strides; longer edges cannot be told.
         num_convs: Layers of each tower.
+        norm: Of these layers: `"group"`, or `"none"`, in whose place they have a bias; so has RetinaNet's configuration
+            in the released LD code.
     """
 
     kind: Literal["gfl", "gflv2", "atss", "fcos", "retina"] = "gfl"
     reg_max: int = Field(default=16, ge=1, le=64)
     num_convs: int = Field(default=4, ge=1, le=8)
+    norm: Literal["group", "none"] = "group"
 
     @property
     def has_centerness(self) -> bool:
@@ -67,16 +70,19 @@ class HeadSpec(Spec):
 
 
 class TowerLayer(nn.Module):
-    """Convolution, group norm, ReLU."""
+    """Convolution, group norm (or a bias in its place), ReLU."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, has_norm: bool = True) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
-        self.norm = nn.GroupNorm(NORM_GROUPS, channels)
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=not has_norm)
+        self.norm = nn.GroupNorm(NORM_GROUPS, channels) if has_norm else None
 
     def before_activation(self, feature: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
         """Return what the ReLU reads."""
-        inner, norm = self.conv(feature), self.norm
+        inner: Tensor = self.conv(feature)
+        norm = self.norm
+        if norm is None:
+            return inner
         # Not norm(inner): that refuses one value per group, as 32 channels have on a map of one location.
         return torch.group_norm(inner, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
@@ -88,12 +94,12 @@ class TowerLayer(nn.Module):
 class Tower(nn.ModuleList):
     """Layers shared by all pyramid levels, which can be run in two parts.
 
-    A cut `k` lies behind the norm of the `k`-th layer, counted from 1, and before its activation; at 0 it lies before
+    A cut `k` lies behind the norm (or bias) of the `k`-th layer, counted from 1, and before its activation; at 0 it lies before
     the first layer.
     """
 
-    def __init__(self, channels: int, num_convs: int) -> None:
-        super().__init__(TowerLayer(channels) for _ in range(num_convs))
+    def __init__(self, spec: HeadSpec, channels: int) -> None:
+        super().__init__(TowerLayer(channels, has_norm=spec.norm == "group") for _ in range(spec.num_convs))
 
     def until(self, feature: Float[Tensor, "B D H W"], cut: int) -> Float[Tensor, "B D H W"]:
         """Return the map at the cut."""
@@ -156,8 +162,8 @@ class DenseHead(nn.Module):
         self.num_classes = num_classes
         self.num_bins = spec.reg_max + 1
         num_priors = len(self.prior_wh)
-        self.cls_tower = Tower(channels, spec.num_convs)
-        self.edge_tower = Tower(channels, spec.num_convs)
+        self.cls_tower = Tower(spec, channels)
+        self.edge_tower = Tower(spec, channels)
         self.cls = nn.Conv2d(channels, num_priors * num_classes, kernel_size=3, padding=1)
         self.edge = nn.Conv2d(channels, num_priors * 4 * self.num_bins, kernel_size=3, padding=1)
         self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in strides if spec.kind != "retina")
