@@ -21,9 +21,10 @@ CENTER_WINDOW = 3  # columns and rows of which fewer than 1.5 strides lie on eit
 # less, the coarsest for more. Source: FCOS (ICCV 2019, arXiv:1904.01355), 3.2: 64 to 128 pixels on stride 16
 MIN_REACH, MAX_REACH = 4.0, 8.0
 INFINITY_BITS = 0x7F800000  # of float32; see `ordered_bits`
-# A location answers for an object that its prior box overlaps so much; below the second it is background. Source:
+# A location whose prior box overlaps no object so much is background. From 0.5 on it answers for the object. Source:
 # RetinaNet (ICCV 2017, arXiv:1708.02002), 4.1
-POSITIVE_IOU, BACKGROUND_IOU = 0.5, 0.4
+BACKGROUND_IOU = 0.4
+POSITIVE_BITS = 0x3F000000  # of 0.5; see `ordered_bits`
 # Prior boxes are at most 9 strides wide or high. One that overlaps an object by 0.4 lies in it off its centre by three
 # quarters of that (the object is 2.5 times as wide), else by less: 7 columns and rows on either side of the nearest.
 OVERLAP_WINDOW = 15
@@ -75,7 +76,7 @@ def assign(locations: Locations, targets: Targets, pad_hw: Int[Tensor, "B 2"], n
     gt_xyxy = targets.gt_xyxy[:, :, None]
     margin = torch.cat((xy - gt_xyxy[..., :2], gt_xyxy[..., 2:] - xy), dim=-1).amin(dim=-1)
     is_claim = found.is_candidate & (found.iou >= found.threshold[..., None]) & (margin > MIN_CENTER_MARGIN)
-    owner = resolve_claims(found.index, is_claim, ordered_bits(found.iou), len(locations.level))
+    owner, _ = resolve_claims(found.index, is_claim, ordered_bits(found.iou), len(locations.level))
     return assigned_to(owner, found.threshold, locations, targets, pad_hw, num_classes)
 
 
@@ -116,7 +117,7 @@ def assign_fcos(locations: Locations, targets: Targets, pad_hw: Int[Tensor, "B 2
     is_in_range = ((reach >= MIN_REACH) | (level == 0)) & ((reach <= MAX_REACH) | (level == coarsest))
     is_claim = is_inside & targets.is_object[:, :, None, None] & (margin > 0) & is_in_range
     smallness = (INFINITY_BITS - ordered_bits(box_area(gt_xyxy))).expand_as(index)
-    owner = resolve_claims(index.flatten(2), is_claim.flatten(2), smallness.flatten(2), len(locations.level))
+    owner, _ = resolve_claims(index.flatten(2), is_claim.flatten(2), smallness.flatten(2), len(locations.level))
     threshold = candidates(locations, targets, pad_hw).threshold
     return assigned_to(owner, threshold, locations, targets, pad_hw, num_classes)
 
@@ -147,8 +148,8 @@ def assign_max_iou(locations: Locations, targets: Targets, pad_hw: Int[Tensor, "
     the best overlap (`min_pos_iou=0`).
 
     Differs from mmdet: an object that no prior box overlaps takes none, where it takes all of the image there; and of
-    equally good prior boxes those count that lie in the window, which only objects outgrow that are more than about 13
-    times as long as wide.
+    equally good prior boxes those count that lie in the window, which only objects outgrow that are more than 11 times
+    as long as wide, or larger than 2,700 pixels.
     """
     cell, is_inside = grid_window(locations, targets.gt_xyxy, pad_hw, OVERLAP_WINDOW)
     index = locations_of(cell.flatten(2), locations.num_priors)
@@ -157,13 +158,13 @@ def assign_max_iou(locations: Locations, targets: Targets, pad_hw: Int[Tensor, "
     best = iou.amax(dim=-1, keepdim=True)
     is_best = (iou == best) & (best > 0)
     last_wins = ABOVE_ONE_BITS + torch.arange(iou.shape[1], device=iou.device)[:, None]
-    overlap = ordered_bits(iou)
-    num_locations = len(locations.level)
-    owner = resolve_claims(index, is_best | (iou >= POSITIVE_IOU), last_wins.where(is_best, overlap), num_locations)
-    is_near = resolve_claims(index, iou >= BACKGROUND_IOU, overlap, num_locations) >= 0
+    preference = last_wins.where(is_best, ordered_bits(iou))
+    claimant, won_by = resolve_claims(index, is_best | (iou >= BACKGROUND_IOU), preference, len(locations.level))
+    is_ignored = (claimant >= 0) & (won_by < POSITIVE_BITS)
+    owner = claimant.where(~is_ignored, -1)
     threshold = candidates(locations, targets, pad_hw).threshold
     assigned = assigned_to(owner, threshold, locations, targets, pad_hw, num_classes)
-    return replace(assigned, is_ignored=is_near & ~assigned.is_positive)
+    return replace(assigned, is_ignored=is_ignored)
 
 
 def assigned_to(
@@ -293,7 +294,7 @@ def resolve_claims(
     is_claim: Bool[Tensor, "B G K"],
     preference: Int64[Tensor, "B G K"],
     num_locations: int,
-) -> Int64[Tensor, "B A"]:
+) -> tuple[Int64[Tensor, "B A"], Int64[Tensor, "B A"]]:
     """Give each claimed location to the claimant of highest preference, among equals to the one of lowest index.
 
     Args:
@@ -303,14 +304,14 @@ def resolve_claims(
         num_locations: Of the grid.
 
     Returns:
-        The owner's index, -1 where unclaimed.
+        The owner's index, -1 where unclaimed, and its preference.
     """
     num_images, num_objects, _ = candidate.shape
     rank = num_objects - torch.arange(num_objects, device=candidate.device)[:, None].expand_as(candidate)
     key = ((preference << 32) + rank).where(is_claim, 0)
     best = key.new_zeros((num_images, num_locations))
     best = best.scatter_reduce(1, candidate.flatten(1), key.flatten(1), reduce="amax")
-    return (num_objects - (best & 0xFFFFFFFF)).where(best > 0, -1)
+    return (num_objects - (best & 0xFFFFFFFF)).where(best > 0, -1), best >> 32
 
 
 def pad_empty(targets: Targets) -> tuple[Float[Tensor, "B g 4"], Int[Tensor, "B g"]]:

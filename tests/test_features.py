@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from ldctl.assign import assign
 from ldctl.distill import CWD, PKD, Imitation
-from ldctl.distill.features import feature_distance, cell_features, pearson_distance, standardized
+from ldctl.distill.features import cell_features, feature_distance, pearson_distance, standardized
 from ldctl.distill.logits import softened_kl
 from ldctl.losses import normalizer
 from ldctl.regions import RegionSpec, all_region, main_region, region

@@ -213,10 +213,8 @@ def test_boxes_without_distributions_are_refused(shared: Path, kind: str) -> Non
 
 def retina_shapes(shared: Path, *, has_norm: bool) -> dict[str, list[int]]:
     """Return the layout of the released LD code's RetinaNet: nine prior boxes, no scales, the top from the input."""
-    layout = {}
-    for name, shape in shapes(shared, 18).items():
-        if ".gn." not in name and ".scales." not in name and not name.startswith("bbox_head.gfl_"):
-            layout[name] = shape
+    others = (".gn.", ".scales.", "bbox_head.gfl_")
+    layout = {name: x for name, x in shapes(shared, 18).items() if not any(other in name for other in others)}
     for tower, layer in itertools.product(("cls_convs", "reg_convs"), range(4)):
         for part in ("gn.weight", "gn.bias") if has_norm else ("conv.bias",):
             layout[f"bbox_head.{tower}.{layer}.{part}"] = [256]

@@ -181,5 +181,5 @@ def level_maps(dense: Dense, on: Literal["features", "cls"]) -> list[Float[Tenso
     if on == "features":
         return [each.flatten(2).float() for each in dense.features]
     levels = torch.split(dense.cls, list(dense.locations.level_sizes), dim=1)
-    num_priors = dense.locations.num_priors  # each has channels of its own
-    return [each.unflatten(1, (-1, num_priors)).flatten(2).transpose(1, 2).float() for each in levels]
+    num_channels = dense.locations.num_priors * dense.cls.shape[-1]  # each prior box has its own
+    return [each.reshape(len(each), -1, num_channels).transpose(1, 2).float() for each in levels]

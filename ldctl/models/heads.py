@@ -94,8 +94,8 @@ class TowerLayer(nn.Module):
 class Tower(nn.ModuleList):
     """Layers shared by all pyramid levels, which can be run in two parts.
 
-    A cut `k` lies behind the norm (or bias) of the `k`-th layer, counted from 1, and before its activation; at 0 it lies before
-    the first layer.
+    A cut `k` lies behind the norm (or bias) of the `k`-th layer, counted from 1, and before its activation; at 0 it
+    lies before the first layer.
     """
 
     def __init__(self, spec: HeadSpec, channels: int) -> None:
