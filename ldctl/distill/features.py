@@ -161,12 +161,13 @@ def of_cells(where: Where, num_priors: int) -> Where:
     """
     if num_priors == 1:
         return where
+    first: Tensor | slice
+    row: Tensor | slice
     if isinstance(where.row, slice):
-        first: Tensor | slice = slice(None, None, num_priors)  # all of a cell or none are valid
-        row: Tensor | slice = where.row
+        row, first = where.row, slice(None, None, num_priors)  # all of a cell or none are valid
     else:
         cell = where.row // num_priors
-        first = cell.diff(prepend=cell.new_full((1,), -1)) > 0  # rows ascend
+        first = cell.diff(prepend=cell.new_full((1,), -1)).nonzero().squeeze(1)  # rows ascend; synchronises
         row = cell[first]
     return replace(where, row=row, weight=where.weight[first], level=where.level[first], image=where.image[first])
 
