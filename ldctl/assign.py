@@ -1,13 +1,12 @@
 """Which location answers for which object, by ATSS, FCOS or RetinaNet, and each object's IoU threshold."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from ldctl.boxes import box_area, box_iou, encode_ltrb, prior_boxes
+from ldctl.boxes import box_area, box_iou, encode_ltrb, level_table, locations_of, prior_boxes
 from ldctl.types import Assigned, Locations, Targets
 
 NUM_CANDIDATES = 9  # per object and level. Source: ATSS, table 8
@@ -152,7 +151,7 @@ def assign_max_iou(locations: Locations, targets: Targets, pad_hw: Int[Tensor, "
     as long as wide, or larger than 2,700 pixels.
     """
     cell, is_inside = grid_window(locations, targets.gt_xyxy, pad_hw, OVERLAP_WINDOW)
-    index = locations_of(cell.flatten(2), locations.num_priors)
+    index = locations_of(cell.flatten(2), locations.num_priors).flatten(2)
     is_pair = is_inside.flatten(2).repeat_interleave(locations.num_priors, dim=-1) & targets.is_object[..., None]
     iou = box_iou(prior_boxes(locations)[index], targets.gt_xyxy[:, :, None]).where(is_pair, 0.0)
     best = iou.amax(dim=-1, keepdim=True)
@@ -224,13 +223,8 @@ def nearest_locations(
     distance = (locations.xy[::num_priors][cell] - center).square().sum(dim=-1).sqrt().where(is_inside, torch.inf)
     count = NUM_CANDIDATES // num_priors
     best = ((ordered_bits(distance) << 32) - cell).topk(count, dim=-1, largest=False).indices
-    index = locations_of(cell.gather(-1, best).flatten(2), num_priors)
+    index = locations_of(cell.gather(-1, best).flatten(2), num_priors).flatten(2)
     return index, is_inside.gather(-1, best).flatten(2).repeat_interleave(num_priors, dim=-1)
-
-
-def locations_of(cell: Int64[Tensor, "B G _"], num_priors: int) -> Int64[Tensor, "B G K"]:
-    """Return the locations of cells, those of a cell next to each other."""
-    return (cell[..., None] * num_priors + torch.arange(num_priors, device=cell.device)).flatten(2)
 
 
 def grid_window(
@@ -261,16 +255,6 @@ def grid_window(
         first[:, None, None] + index_yx[:, :, :, 0, :, None] * level_hw[:, 1, None, None] + index_yx[:, :, :, 1, None]
     )
     return index.flatten(3).where(is_inside_both, 0), is_inside_both
-
-
-@lru_cache(maxsize=1024)  # more than there are padded sizes; each costs a copy from the host
-def level_table(
-    level_hw: tuple[tuple[int, int], ...], level_stride: tuple[int, ...], device: torch.device
-) -> tuple[Int64[Tensor, "P 2"], Int64[Tensor, " P"], Int64[Tensor, " P"]]:
-    """Return rows and columns, stride and first cell of each level. Shared between calls: not to be changed."""
-    sizes_hw = torch.tensor(level_hw)
-    count = sizes_hw.prod(dim=1)
-    return sizes_hw.to(device), torch.tensor(level_stride, device=device), (count.cumsum(0) - count).to(device)
 
 
 def ordered_bits(value: Float[Tensor, "*S"]) -> Int64[Tensor, "*S"]:

@@ -3,7 +3,7 @@
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ldctl.types import Locations
@@ -122,6 +122,21 @@ def location_grid(
         offset=offset,
         prior_wh=prior_wh,
     )
+
+
+@lru_cache(maxsize=1024)  # more than there are padded sizes; each costs a copy from the host
+def level_table(
+    level_hw: tuple[tuple[int, int], ...], level_stride: tuple[int, ...], device: torch.device
+) -> tuple[Int64[Tensor, "P 2"], Int64[Tensor, " P"], Int64[Tensor, " P"]]:
+    """Return rows and columns, stride and first cell of each level. Shared between calls: not to be changed."""
+    sizes_hw = torch.tensor(level_hw)
+    count = sizes_hw.prod(dim=1)
+    return sizes_hw.to(device), torch.tensor(level_stride, device=device), (count.cumsum(0) - count).to(device)
+
+
+def locations_of(cell: Int64[Tensor, "*S"], num_priors: int) -> Int64[Tensor, "*S K"]:
+    """Return the locations of each cell, which are next to each other."""
+    return cell[..., None] * num_priors + torch.arange(num_priors, device=cell.device)
 
 
 def prior_boxes(locations: Locations) -> Float[Tensor, "A 4"]:

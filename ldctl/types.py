@@ -17,7 +17,7 @@ Boxes are `xyxy` (left, top, right, bottom; pixels) or `ltrb` (distances from a 
 units).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -158,7 +158,8 @@ class Locations:
         xy: Location in pixels of the network input: column and row, plus the offset, times the stride.
         stride: Pixels between neighbours of the location's level.
         level: 0 for the finest.
-        level_hw: Rows and columns of each level's cells; their products, times the prior boxes, sum to `A`.
+        level_hw: Rows and columns of each level's cells; their products, times the prior boxes, sum to `A`. None where
+            these are picked from a grid.
         level_stride: Stride of each level in pixels.
         offset: Of locations from the corner of their cells, in strides: 0, or 0.5 for their centres.
         prior_wh: Width and height of each of a cell's prior boxes, strides; each has a location of its own.
@@ -181,6 +182,10 @@ class Locations:
     def level_sizes(self) -> tuple[int, ...]:
         """Return the number of locations of each level."""
         return tuple(height * width * self.num_priors for height, width in self.level_hw)
+
+    def at(self, index: Int[Tensor, " N"]) -> "Locations":
+        """Return some of the locations, which make no grid."""
+        return replace(self, xy=self.xy[index], stride=self.stride[index], level=self.level[index], level_hw=())
 
 
 def joint_logit(cls: Float[Tensor, "*#S"], quality: Float[Tensor, "*#S"]) -> Float[Tensor, "*S"]:
@@ -224,6 +229,26 @@ class Dense:
     towers: TowerMaps
     locations: Locations
     quality: Float[Tensor, "B A"] | None = None
+
+    def at(self, rows: Sequence[Int[Tensor, " _"]]) -> list["Dense"]:
+        """Return the predictions at several sets of locations, each as those of one image without maps.
+
+        They are gathered together, since each gathering makes a gradient as large as all predictions.
+
+        Args:
+            rows: `image * A + location` each.
+        """
+        sizes, row = [len(each) for each in rows], torch.cat(list(rows))
+        cls = torch.split(self.cls.flatten(0, 1).index_select(0, row)[None], sizes, dim=1)
+        edge = torch.split(self.edge.flatten(0, 1).index_select(0, row)[None], sizes, dim=1)
+        quality: Sequence[Tensor | None] = [None] * len(sizes)
+        if self.quality is not None:
+            quality = torch.split(self.quality.flatten().index_select(0, row)[None], sizes, dim=1)
+        locations = [self.locations.at(each % self.cls.shape[1]) for each in rows]
+        return [
+            Dense(cls=c, edge=e, features=(), towers=TowerMaps((), ()), locations=at, quality=q)
+            for c, e, at, q in zip(cls, edge, locations, quality, strict=True)
+        ]
 
     @property
     def score(self) -> Float32[Tensor, "B A C"]:
@@ -286,6 +311,12 @@ class Where:
     image: Int[Tensor, " N"]
     num_images: int
     num_levels: int
+
+    @property
+    def picked(self) -> Int[Tensor, " N"]:
+        """Return the rows of a region that is not all."""
+        assert isinstance(self.row, Tensor), "the region was picked"
+        return self.row
 
 
 @dataclass(frozen=True)

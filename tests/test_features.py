@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from ldctl.assign import assign
 from ldctl.distill import CWD, PKD, Imitation
 from ldctl.distill.features import cell_features, feature_distance, pearson_distance, standardized
-from ldctl.distill.logits import softened_kl
+from ldctl.fused import softened_kl
 from ldctl.losses import normalizer
 from ldctl.regions import RegionSpec, all_region, main_region, region
 from ldctl.types import Assigned, Dense, Normalizer, Pair, Targets, Where

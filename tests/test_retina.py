@@ -21,10 +21,10 @@ from ldctl.distill.features import level_maps, of_cells
 from ldctl.losses import LossSpec, normalizer, overlap_losses
 from ldctl.models import Detector, HeadSpec, ModelSpec, PostprocessSpec, ResNetSpec, detect
 from ldctl.pairing import share_levels
-from ldctl.regions import RegionSpec, all_region, main_region, masked, region
+from ldctl.regions import RegionSpec, all_region, main_region, pick_rows, region, vlr_overlap
 from ldctl.spec import AssistantSpec, DistillationSpec, DistillSpec, TaughtSpec
 from ldctl.step import Learner, Teaching, compare
-from ldctl.types import Assigned, Locations, Pair, Targets
+from ldctl.types import Assigned, Locations, Pair, Targets, Where
 
 CLASSES = 5
 f32 = np.float32
@@ -247,7 +247,8 @@ def test_losses_written_out() -> None:
     dense = random_dense(locations, 3, CLASSES, 0)
     main = main_region(dense, assigned)
     norm = normalizer("synced", assigned, main)
-    found = overlap_losses(LossSpec(focal=0.5, giou=3.0), dense, assigned, main, norm)
+    (at_main,) = dense.at([main.picked])
+    found = overlap_losses(LossSpec(focal=0.5, giou=3.0), dense, at_main, assigned, main, norm)
     focal = giou = 0.0
     counts = [0, 0, 0]
     for image, a in itertools.product(range(3), range(len(locations.level))):
@@ -283,7 +284,8 @@ def test_ignored_locations_have_no_gradient_and_images_without_objects_a_zero_on
         assigned = assign_max_iou(locations, targets_of([objects]), torch.tensor([[64, 64]]), CLASSES)
         dense = random_dense(locations, 1, CLASSES, 0)
         main = main_region(dense, assigned)
-        losses = overlap_losses(LossSpec(), dense, assigned, main, normalizer("synced", assigned, main))
+        (at_main,) = dense.at([main.picked])
+        losses = overlap_losses(LossSpec(), dense, at_main, assigned, main, normalizer("synced", assigned, main))
         torch.stack(list(losses.values())).sum().backward()
         assert dense.cls.grad is not None
         assert torch.equal(dense.cls.grad.any(dim=-1), ~assigned.is_ignored)
@@ -357,13 +359,17 @@ def test_cwd_sees_a_map_for_each_class_of_each_prior_box() -> None:
         assert first[image, CLASSES * prior + number, cell] == dense.cls[image, 9 * cell + prior, number]
 
 
+def picked(mask: Tensor, locations: Locations) -> Where:
+    return pick_rows({"x": mask.float()}, locations)["x"]
+
+
 def test_imitation_looks_at_each_cell_once() -> None:
     """A cell is in a region if one of its locations is; nothing is weighed by how many are."""
     locations = grid(32, 64)
     targets = random_targets(2, 32, CLASSES, 0)
     assigned = assign_max_iou(locations, targets, torch.tensor([[32, 64], [32, 32]]), CLASSES)
     mask = torch.rand(assigned.is_valid.shape, generator=torch.Generator().manual_seed(0)) < 0.05
-    where = of_cells(masked(mask, assigned, locations), 9)
+    where = of_cells(picked(mask & assigned.is_valid, locations), 9)
     in_region = (mask & assigned.is_valid).unflatten(1, (-1, 9)).any(dim=-1).flatten()
     assert where.row.tolist() == in_region.nonzero().squeeze(1).tolist()
     assert len(where.row) > 10
@@ -374,29 +380,36 @@ def test_imitation_looks_at_each_cell_once() -> None:
     assert whole.row == slice(None)
     assert torch.equal(whole.weight, assigned.is_valid[:, ::9].flatten().float())
     assert len(whole.level) == len(whole.image) == 2 * num_cells
-    nothing = of_cells(masked(torch.zeros_like(mask), assigned, locations), 9)
+    nothing = of_cells(picked(torch.zeros_like(mask), locations), 9)
     assert len(nothing.row) == len(nothing.weight) == 0
     assert of_cells(where, 1) is where
 
 
-def test_regions_of_nine_prior_boxes() -> None:
-    """The VLR and the fine-grained region are drawn by the prior box of each location, not by the cell."""
-    locations = grid(64, 64)
-    targets = targets_of([[(16.0, 16.0, 48.0, 48.0, 2)]])
-    assigned = assign_max_iou(locations, targets, torch.tensor([[64, 64]]), CLASSES)
-    pair = Pair(random_dense(locations, 1, CLASSES, 0), random_dense(locations, 1, CLASSES, 1))
-    for name in ("vlr", "finegrained"):
-        rows = region(name, RegionSpec(), pair, assigned, targets).row
-        kinds = {tuple(row in rows for row in range(9 * cell, 9 * cell + 9)) for cell in range(64)}
-        assert len(kinds) > 3
-    vlr = region("vlr", RegionSpec(), pair, assigned, targets)
-    assert assigned.is_ignored[0, vlr.row].any() or assigned.is_positive[0, vlr.row].any()
-    boxes = prior_boxes(locations)[vlr.row]
-    shared = (torch.minimum(boxes[:, 2:], torch.tensor(48.0)) - torch.maximum(boxes[:, :2], torch.tensor(16.0))).prod(
-        dim=1
+@pytest.mark.parametrize("kind", ["diou", "reference"])
+def test_regions_are_drawn_by_the_prior_box_of_each_location(kind: str) -> None:
+    """Every prior box against every object."""
+    locations, sizes = grid(160, 192), torch.tensor([[160, 192], [96, 160], [160, 160]])
+    targets = random_targets(3, 160, CLASSES, 3)
+    assigned = assign_max_iou(locations, targets, sizes, CLASSES)
+    pair = Pair(random_dense(locations, 3, CLASSES, 0), random_dense(locations, 3, CLASSES, 1))
+    iou, overlap = vlr_overlap(prior_boxes(locations)[None, :, None], targets.gt_xyxy[:, None], kind)
+    threshold = assigned.threshold[:, None].expand_as(overlap)
+    weight = iou.where((0.25 * threshold <= overlap) & (overlap < threshold), 0.0).amax(dim=-1) * assigned.is_valid
+    found = region("vlr", RegionSpec(vlr=kind), pair, assigned, targets)
+    assert torch.equal(found.row, weight.flatten().nonzero().squeeze(1))
+    assert torch.equal(found.weight, weight.flatten()[found.row])
+    assert len(found.row) > 500
+    assert assigned.is_ignored.flatten()[found.row].any()
+    own = iou * assigned.is_valid[..., None]
+    is_fine = (own > 0.5 * own.amax(dim=1, keepdim=True)).any(dim=-1)
+    assert torch.equal(
+        region("finegrained", RegionSpec(), pair, assigned, targets).row, is_fine.flatten().nonzero()[:, 0]
     )
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
-    assert_close(vlr.weight, shared / (area + 1024 - shared))
+    xy, gt = locations.xy[None, :, None], targets.gt_xyxy[:, None]
+    is_inside = ((xy > gt[..., :2]) & (xy < gt[..., 2:])).all(dim=-1).any(dim=-1) & assigned.is_valid
+    assert torch.equal(
+        region("inside_gt", RegionSpec(), pair, assigned, targets).row, is_inside.flatten().nonzero()[:, 0]
+    )
 
 
 def test_levels_of_a_teacher_at_another_scale() -> None:

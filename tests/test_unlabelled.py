@@ -169,7 +169,7 @@ def lesson_of(job: Job, batch: Batch) -> Lesson:
     pair = Pair(job.detector(images), job.teaching.teacher(images))
     assigned = assign_labelled(job.detector, pair.student.locations, batch)
     main = main_region(pair.student, assigned)
-    lesson = Lesson(pair, batch.targets, assigned, main, normalizer("synced", assigned, main))
+    lesson = Lesson(pair, batch.targets, assigned, normalizer("synced", assigned, main))
     return with_pseudo_objects(lesson, job.detector, job.teaching, batch, batch.is_labelled, parts=1)
 
 

@@ -55,8 +55,8 @@ class CrossKDClass(Spec):
         assert pair.crossed is not None, "the step makes cross-head predictions where a term asks for them"
         crossed = pair.crossed.cls.flatten(0, 1)[where.row].float()
         teacher = pair.teacher.cls.flatten(0, 1)[where.row].float()
-        per_row = binary_distillation(crossed, teacher, self.beta)
-        return self.weight * (per_row * at_teachers(where.weight, pair)).sum() / norm.num_positive
+        weight = at_teachers(where.weight, pair)
+        return self.weight * binary_distillation(crossed, teacher, weight, self.beta) / norm.num_positive
 
 
 class CrossKDBox(Spec):

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from ldctl.distill.logits import softened_kl, sum_of_level_means
+from ldctl.distill.logits import sum_of_level_means
+from ldctl.fused import softened_kl
 from ldctl.schema import Spec
 from ldctl.types import Dense, Normalizer, Pair, Where
 
