@@ -3,8 +3,9 @@
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
+from torchvision.ops import batched_nms
 
 from ldctl.types import Locations
 
@@ -48,6 +49,32 @@ def enclosing_box(a_xyxy: Float[Tensor, "*#S 4"], b_xyxy: Float[Tensor, "*#S 4"]
     top_left = torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2])
     bottom_right = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:])
     return torch.cat((top_left, bottom_right), dim=-1)
+
+
+def group_nms(
+    xyxy: Float[Tensor, "N 4"], score: Float[Tensor, " N"], group: Int[Tensor, " N"], threshold: float
+) -> Int[Tensor, " M"]:
+    """Return the rows, ascending, that stay when each box, best first, removes the worse ones of its group.
+
+    Of equal scores, the box that comes first is the better. In float64: torchvision lays groups side by side, and what
+    that rounds off a position in float32 can change which boxes stay.
+
+    Args:
+        xyxy: Boxes in any unit.
+        score: The higher the better.
+        group: Such as a class, or a class of an image, counted from 0.
+        threshold: A box removes those that overlap it by a higher IoU.
+    """
+    wide = xyxy.double()
+    if len(wide):
+        wide = wide - wide.amin()  # side by side only where nothing is negative
+    keep: Tensor = batched_nms(wide, score.double(), group, threshold)  # synchronises
+    return keep.sort().values
+
+
+def rank_in_group(group: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
+    """Return how many rows of the same group come before each; `group` ascends."""
+    return torch.arange(len(group), device=group.device) - torch.searchsorted(group, group)
 
 
 def center_penalty(a_xyxy: Float[Tensor, "*#S 4"], b_xyxy: Float[Tensor, "*#S 4"]) -> Float[Tensor, "*S"]:

@@ -13,6 +13,13 @@ from ldctl.models.detector import Detector, PostprocessSpec, detect
 from ldctl.types import Batch, Dataset, Detections, Scaled, Targets
 
 
+@torch.no_grad()
+def find(detector: Detector, batch: Batch, postprocess: PostprocessSpec) -> list[Detections]:
+    """Return the detections of a batch that is on the detector's device, on the CPU."""
+    dense = detector(detector.normalize(batch.images, batch.size_hw))
+    return detect(dense, batch.size_hw, batch.original_hw, batch.image_id, postprocess)
+
+
 def predict(
     detector: Detector,
     dataset: Dataset,
@@ -44,12 +51,9 @@ def predict(
     total = len(dataset.samples)
     on_batch(0, total)
     batches = eval_batches(dataset, data, batch_size=batch_size, rank=rank, world_size=world_size)
-    with torch.no_grad(), closing(batches):
+    with closing(batches):
         for batch in batches:
-            moved = to_device(batch, device)
-            dense = detector(detector.normalize(moved.images, moved.size_hw))
-            detections = detect(dense, moved.size_hw, moved.original_hw, moved.image_id, postprocess)
-            found += [Detections(one.image_id, one.xyxy.cpu(), one.score.cpu(), one.label.cpu()) for one in detections]
+            found += find(detector, to_device(batch, device), postprocess)
             on_batch(min(len(found) * world_size, total), total)
     detector.train(was_training)
     return distributed.gather(found)

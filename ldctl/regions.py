@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor
-from torchvision.ops import batched_nms
 
 from ldctl.boxes import (
     EPS,
@@ -17,11 +16,13 @@ from ldctl.boxes import (
     center_penalty,
     decode_ltrb,
     expected_distance,
+    group_nms,
     intersection,
     level_table,
     locations_of,
     prior_boxes,
     prior_table,
+    rank_in_group,
 )
 from ldctl.schema import Spec
 from ldctl.types import Assigned, Dense, Locations, Pair, Targets, Where
@@ -301,11 +302,8 @@ def general_instances(pair: Pair, assigned: Assigned) -> Bool[Tensor, "B A"]:
     xyxy = boxes[0].where(is_student_surer.gather(1, best.indices[..., None]), boxes[1])
     num_images = len(gap)
     image = torch.arange(num_images, device=gap.device).repeat_interleave(best.indices.shape[1])
-    # images are told apart by shifts that only keep boxes above zero apart; decoded boxes may lie below
-    positive_xyxy = (xyxy - xyxy.amin()).flatten(0, 1)
-    kept = batched_nms(positive_xyxy, best.values.flatten(), image, GI_NMS_IOU)  # best first; synchronises
-    is_of = image[kept, None] == torch.arange(num_images, device=gap.device)
-    is_first = ((is_of.cumsum(dim=0) <= NUM_GI) & is_of).any(dim=1) & (best.values.flatten()[kept] >= 0)
+    kept = group_nms(xyxy.flatten(0, 1), best.values.flatten(), image, GI_NMS_IOU)  # of an image best first
+    is_first = (rank_in_group(image[kept]) < NUM_GI) & (best.values.flatten()[kept] >= 0)
     mask = torch.zeros_like(assigned.is_valid)
     mask[image[kept], best.indices.flatten()[kept]] = is_first
     return mask

@@ -14,7 +14,7 @@ from jobs import FROZEN, after_step, first_batch, losses_of, on_two_ranks, small
 from PIL import Image
 from torch.testing import assert_close
 
-from ldctl import checkpoint, engine
+from ldctl import checkpoint, engine, evaluation
 from ldctl.data import DataSpec, as_many_labelled, in_class_order, join, only_labelled, open_dataset, read_unlabelled
 from ldctl.data.check import inspect
 from ldctl.data.loader import train_batches
@@ -318,7 +318,7 @@ def test_a_run_on_unlabelled_images_alone_learns(teacher: Path, folder: Path, tm
         assert last[name] < 0.8 * first[name], (name, first, last)
     best = tmp_path / "run/best.safetensors"
     assert checkpoint.load_meta(best).classes == ("disc", "box", "triangle", "cross")
-    found_again = engine.evaluate(engine.eval_spec(best, {}, []), quiet=True)
+    found_again = evaluation.evaluate(engine.eval_spec(best, {}, []), quiet=True).metrics
     assert found_again.ap == pytest.approx(checkpoint.load_meta(best).metrics["ap"], abs=1e-9)
 
 
