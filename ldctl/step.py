@@ -212,7 +212,7 @@ def distillation_losses(teaching: Teaching, lesson: Lesson, seen: Seen) -> dict[
     pairs = zip(own, own.values(), theirs, strict=True)
     pair_at = {name: share_classes(Pair(student, teacher), teaching.shared) for name, student, teacher in pairs}
     pair, where = share_classes(lesson.pair, teaching.shared), dict(seen.where)
-    for name in {term.region for term in teaching.spec.terms} - where.keys():
+    for name in sorted({term.region for term in teaching.spec.terms} - where.keys()):
         where[name] = region(name, teaching.spec, pair, lesson.assigned, lesson.targets)
     losses = {}
     for term in teaching.spec.terms:
