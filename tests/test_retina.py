@@ -18,11 +18,12 @@ from ldctl.assign import assign_max_iou, candidates
 from ldctl.boxes import location_grid, octave_priors, prior_boxes
 from ldctl.distill import CWD, KD, LD, PKD, BCKDBox, BinaryKD, CrossKDBox, CrossKDClass, Imitation, Term
 from ldctl.distill.features import level_maps, of_cells
+from ldctl.errors import SpecError
 from ldctl.losses import LossSpec, normalizer, overlap_losses
 from ldctl.models import Detector, HeadSpec, ModelSpec, PostprocessSpec, ResNetSpec, detect
 from ldctl.pairing import share_levels
 from ldctl.regions import RegionSpec, all_region, main_region, pick_rows, region, vlr_overlap
-from ldctl.spec import AssistantSpec, DistillationSpec, DistillSpec, TaughtSpec
+from ldctl.spec import AssistantSpec, DistillationSpec, DistillSpec, TaughtSpec, load
 from ldctl.step import Learner, Teaching, compare
 from ldctl.types import Assigned, Locations, Pair, Targets, Where
 
@@ -489,6 +490,13 @@ def test_terms_that_need_as_many_locations_are_refused_with_the_nearest_that_do_
         'that work: --set \'distill.terms=[{kind = "imitation", region = "finegrained"}, {kind = "crosskd_cls"}, '
         '{kind = "cwd"}]\''
     )
+
+
+def test_without_annotations_it_has_no_quality_to_learn() -> None:
+    values = ["data.unlabelled=more", "data.unlabelled_only=true", 'distill.terms=[{kind="ld"}]']
+    assert load(DistillSpec, None, {"teacher.path": "x"}, [*values, "student.head.kind=retina"]).data.unlabelled_only
+    with pytest.raises(SpecError, match='the quality of a "atss" head learns from "binary_kd" alone'):
+        load(DistillSpec, None, {"teacher.path": "x"}, [*values, "student.head.kind=atss"])
 
 
 def test_what_goes_between_kinds() -> None:
