@@ -31,7 +31,7 @@ class CrossKDClass(Spec):
     alignment takes out; and it says nothing of the student's layers behind the cut.
 
     Attributes:
-        region: All valid locations.
+        region: All valid locations of the teacher.
         weight: Factor. Source: CrossKD's configuration, as that of `beta`.
         beta: How strongly locations are discounted where cross-head and teacher agree.
     """
@@ -62,11 +62,11 @@ class CrossKDClass(Spec):
 class CrossKDBox(Spec):
     """Box distillation of the cross-head predictions: KL of edge distributions, weighted by the teacher's best score.
 
-    Student and teacher may have different bins, for it is the teacher's head that speaks on both sides. Blind to the
-    same as `CrossKDClass`.
+    Student and teacher may have different bins and prior boxes, for it is the teacher's head that speaks on both sides.
+    Blind to the same as `CrossKDClass`.
 
     Attributes:
-        region: All valid locations.
+        region: All valid locations of the teacher.
         weight: Factor. Source: CrossKD's configuration.
         class_reduction: `"sum"` of the divergence over bins, as in the released code, or `"mean"`.
     """
