@@ -176,7 +176,7 @@ def look_at(annotations: Annotations, spec: DataSpec, device: torch.device, *, q
     faults = tuple(dict.fromkeys(str(fault) for one in found.values() for fault in one.faults))
     note_faults(faults, f", all in {FAULTS_FILE} of the run's folder")
     for name, one in found.items():
-        boxes = sum(len(sample.label) for sample in one.samples)
+        boxes = one.samples.num_objects.sum()
         what = "" if name == "unlabelled" else f", {boxes} boxes, {len(one.classes)} classes"
         note(f"{name}: {len(one.samples)} images{what} from {one.name}")
     train_sets = [found[name] for name in ("train", "unlabelled") if name in found]

@@ -13,13 +13,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ldctl import checkpoint, distributed
+from ldctl import distributed
 from ldctl.assemble import choose_device, load_detector, note_faults
 from ldctl.checkpoint import CheckpointMeta
 from ldctl.data import in_class_order, open_dataset
 from ldctl.data.check import inspect
 from ldctl.data.loader import eval_batches
 from ldctl.errors import DataError, OutputError
+from ldctl.files import write_whole
 from ldctl.metrics import (
     Metrics,
     metrics_table,
@@ -121,7 +122,7 @@ def evaluate(
             status.update("latency")
             speed = measure_speed(detector, dataset, spec, device, images_per_second)
     if save_detections:
-        checkpoint.write_whole(save_detections, json.dumps(to_coco_results(dataset, found)).encode())
+        write_whole(save_detections, json.dumps(to_coco_results(dataset, found)).encode())
     return Evaluation(evaluate_detections(dataset, found), speed)
 
 
@@ -137,9 +138,10 @@ def measure_speed(
         device: Where to compute.
         images_per_second: Of the whole pass.
     """
-    size = Counter((sample.height, sample.width) for sample in dataset.samples).most_common(1)[0][0]
-    alike = (sample for sample in dataset.samples if (sample.height, sample.width) == size)
-    part = replace(dataset, samples=tuple(islice(alike, LATENCY_IMAGES)))
+    sizes = list(zip(dataset.samples.height.tolist(), dataset.samples.width.tolist(), strict=True))
+    commonest = Counter(sizes).most_common(1)[0][0]
+    alike = np.array([row for row, size in enumerate(sizes) if size == commonest][:LATENCY_IMAGES])
+    part = replace(dataset, samples=dataset.samples.take(alike))
     loading = spec.data.model_copy(update={"workers": 0})
     batches = [to_device(batch, device) for batch in eval_batches(part, loading, batch_size=1)]
     seconds: list[float] = []

@@ -1,6 +1,6 @@
 """Run a detector over a data set."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 
 import torch
@@ -59,11 +59,38 @@ def predict(
     return distributed.gather(found)
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch on a device; copies overlap with computing where the loader pins memory."""
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield the batches on a device.
+
+    A GPU copies on a stream of its own: it is still busy with the last batch when the host asks for the next, and does
+    both at once.
+    """
+    if device.type != "cuda":
+        yield from (to_device(batch, device) for batch in batches)
+        return
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    for batch in batches:
+        user = torch.cuda.current_stream(device)
+        with torch.cuda.stream(copying):
+            moved = to_device(batch, device, user)
+        user.wait_stream(copying)
+        yield moved
+
+
+def to_device(batch: Batch, device: torch.device, user: torch.cuda.Stream | None = None) -> Batch:
+    """Return the batch on a device; the host does not wait for the copies where the loader pins memory.
+
+    Args:
+        batch: Anywhere.
+        device: Where it is wanted.
+        user: Which stream will compute with it, if not the current one: its memory is not given away before that has.
+    """
 
     def move(value: Tensor) -> Tensor:
-        return value.to(device, non_blocking=True)
+        moved = value.to(device, non_blocking=True)
+        if user is not None:
+            moved.record_stream(user)
+        return moved
 
     targets = Targets(*(move(value) for value in vars(batch.targets).values()))
     other = batch.for_teacher and Scaled(move(batch.for_teacher.images), move(batch.for_teacher.size_hw))

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ldctl import distributed, toml
-from ldctl.checkpoint import write_whole
 from ldctl.errors import OutputError, SpecError
+from ldctl.files import write_whole
 from ldctl.spec import RunSpec
 from ldctl.toml_text import literal
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "ldctl"
 FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     {"errors", "types", "toml_text"},
-    {"boxes", "fused", "curves", "schema", "keys", "distributed", "toml"},
+    {"boxes", "fused", "curves", "schema", "keys", "distributed", "toml", "files"},
     {
         "assign",
         "regions",

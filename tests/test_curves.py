@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ldctl import curves, metrics
 from ldctl.curves import Boxes, Task, by_hotcoco, by_pycocotools
+from ldctl.data.table import pack
 from ldctl.types import Dataset, Detections, Sample
 
 needs_hotcoco = pytest.mark.skipif(not curves.has_hotcoco(), reason="hotcoco is not installed: see the extra fast-eval")
@@ -238,7 +239,7 @@ def scene() -> tuple[Dataset, list[Detections]]:
     def no_pixels(sample: Sample) -> torch.Tensor:
         raise AssertionError("an evaluation reads no image")
 
-    return Dataset("scene", ("a", "b", "c"), category_id, tuple(samples), no_pixels, ""), found[::-1]
+    return Dataset("scene", ("a", "b", "c"), category_id, pack(samples), no_pixels, ""), found[::-1]
 
 
 def test_a_task_is_in_the_order_of_ids() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from ldctl import evaluation, spec
 from ldctl.data import open_dataset
+from ldctl.data.table import pack
 from ldctl.evaluation import Speed, measure_speed, print_speed
 from ldctl.models import Detector, ModelSpec
 from ldctl.spec import EvalSpec
@@ -68,7 +69,7 @@ def test_images_of_the_commonest_size_are_timed(monkeypatch: pytest.MonkeyPatch)
     def read(sample: object) -> torch.Tensor:
         return torch.zeros(3, sample.height, sample.width, dtype=torch.uint8)
 
-    clock, speed = timed(monkeypatch, [0.01] * 60, replace(dataset, samples=(first, *others), read=read))
+    clock, speed = timed(monkeypatch, [0.01] * 60, replace(dataset, samples=pack((first, *others)), read=read))
     assert (speed.latency_height_px, speed.latency_width_px) == (32, 64)
     assert [batch.image_id[0] for batch in clock.shown[:21]] == [*range(10, 30), 10]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ldctl import curves, metrics
+from ldctl.data.table import pack
 from ldctl.types import Dataset, Detections, Sample
 
 CLASSES, OBJECTS_PER_IMAGE, DETECTIONS, IMAGES, FEW_IMAGES, ROUNDS = 80, 7.2, 100, 5000, 250, 5
@@ -51,7 +52,7 @@ def scene(num_images: int) -> tuple[Dataset, list[Detections]]:
         raise AssertionError("an evaluation reads no image")
 
     names, ids = tuple(map(str, range(CLASSES))), tuple(range(1, CLASSES + 1))
-    return Dataset("scene", names, ids, tuple(samples), no_pixels, ""), found
+    return Dataset("scene", names, ids, pack(samples), no_pixels, ""), found
 
 
 def seconds(dataset: Dataset, found: list[Detections]) -> float:
