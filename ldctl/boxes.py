@@ -10,7 +10,7 @@ from torchvision.ops import batched_nms
 from ldctl.types import Locations
 
 EPS = 1e-6  # floor of every denominator, as in the reference
-PRIOR_SCALE = 8.0  # side of a prior box in strides. Source: GFL and ATSS
+SQUARE = ((8.0, 8.0),)  # width and height of the one prior box, strides. Source: GFL, ATSS
 PAD_MULTIPLE = 32  # images are padded to multiples: the coarsest stride that the backbone halves to
 
 
@@ -113,7 +113,11 @@ def expected_distance(edge: Float[Tensor, "*S R"]) -> Float[Tensor, "*S"]:
 
 
 def location_grid(
-    sizes_hw: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device, offset: float = 0.0
+    sizes_hw: tuple[tuple[int, int], ...],
+    strides: tuple[int, ...],
+    device: torch.device,
+    offset: float = 0.0,
+    prior_wh: tuple[tuple[float, float], ...] = SQUARE,
 ) -> Locations:
     """Lay out the locations of feature maps: column and row, plus an offset, times the stride.
 
@@ -122,6 +126,7 @@ def location_grid(
         strides: Pixels between neighbours, per level.
         device: Where the tensors live.
         offset: In strides; 0 is what ATSS and GFL use, 0.5 what FCOS does.
+        prior_wh: Width and height of each of a cell's prior boxes, strides.
     """
     xy, stride, level = [], [], []
     for index, ((height, width), step) in enumerate(zip(sizes_hw, strides, strict=True)):
@@ -130,9 +135,11 @@ def location_grid(
             torch.arange(width, device=device, dtype=torch.float32).add(offset) * step,
             indexing="ij",
         )
-        xy.append(torch.stack((x, y), dim=-1).reshape(-1, 2))
-        stride.append(torch.full((height * width,), float(step), device=device))
-        level.append(torch.full((height * width,), index, device=device))
+        cells = torch.stack((x, y), dim=-1).reshape(-1, 1, 2)
+        xy.append(cells.expand(-1, len(prior_wh), 2).reshape(-1, 2))
+        count = height * width * len(prior_wh)
+        stride.append(torch.full((count,), float(step), device=device))
+        level.append(torch.full((count,), index, device=device))
     return Locations(
         xy=torch.cat(xy),
         stride=torch.cat(stride),
@@ -140,6 +147,7 @@ def location_grid(
         level_hw=sizes_hw,
         level_stride=strides,
         offset=offset,
+        prior_wh=prior_wh,
     )
 
 
@@ -147,16 +155,44 @@ def location_grid(
 def level_table(
     level_hw: tuple[tuple[int, int], ...], level_stride: tuple[int, ...], device: torch.device
 ) -> tuple[Int64[Tensor, "P 2"], Int64[Tensor, " P"], Int64[Tensor, " P"]]:
-    """Return rows and columns, stride and first location of each level. Shared between calls: not to be changed."""
+    """Return rows and columns, stride and first cell of each level. Shared between calls: not to be changed."""
     sizes_hw = torch.tensor(level_hw)
     count = sizes_hw.prod(dim=1)
     return sizes_hw.to(device), torch.tensor(level_stride, device=device), (count.cumsum(0) - count).to(device)
 
 
+def locations_of(cell: Int64[Tensor, "*S"], num_priors: int) -> Int64[Tensor, "*S K"]:
+    """Return the locations of each cell, which are next to each other."""
+    return cell[..., None] * num_priors + torch.arange(num_priors, device=cell.device)
+
+
 def prior_boxes(locations: Locations) -> Float[Tensor, "A 4"]:
-    """Return the square of side `PRIOR_SCALE * stride` around each location, `xyxy` in pixels.
+    """Return the prior box around each location, `xyxy` in pixels.
 
     The assigner compares these with the objects; nothing is regressed from them.
     """
-    half = (PRIOR_SCALE / 2 * locations.stride).unsqueeze(-1)
+    half_wh = prior_table(locations.prior_wh, locations.xy.device) / 2
+    num_cells = len(locations.stride) // locations.num_priors
+    half = half_wh.repeat(num_cells, 1) * locations.stride.unsqueeze(-1)
     return torch.cat((locations.xy - half, locations.xy + half), dim=-1)
+
+
+@lru_cache  # each costs a copy from the host
+def prior_table(prior_wh: tuple[tuple[float, float], ...], device: torch.device) -> Float[Tensor, "_ 2"]:
+    """Return the sizes of a cell's prior boxes as a tensor. Shared between calls: not to be changed."""
+    return torch.tensor(prior_wh, dtype=torch.float32, device=device)
+
+
+def octave_priors() -> tuple[tuple[float, float], ...]:
+    """Return width and height, in strides, of RetinaNet's nine prior boxes: three sizes of each of three shapes.
+
+    Heights are 0.5, 1 and 2 times the widths; the areas of each shape are those of squares of side 4, 4 * 2^(1/3) and
+    4 * 2^(2/3).
+
+    Source: RetinaNet (ICCV 2017, arXiv:1708.02002), 4.1; in the order of mmdet's anchors, shape by shape, and computed
+    in single precision as they are, so that equal overlaps are equal here, too.
+    """
+    root = torch.tensor([0.5, 1.0, 2.0], device="cpu").sqrt()[:, None]
+    side = torch.tensor([4 * 2 ** (octave / 3) for octave in range(3)], device="cpu")
+    width, height = (1 / root) * side, root * side
+    return tuple(zip(width.flatten().tolist(), height.flatten().tolist(), strict=True))

@@ -110,9 +110,10 @@ def _built_for(header: CacheHeader, spec: DistillSpec) -> dict[str, tuple[object
     """Return the keys on which views and regions depend: what a cache was made for, and what a run asks for."""
     data, distill = spec.data, spec.distill
     has_flips = set(flips(data)) <= set(header.flips)
-    # heads other than FCOS's have one rule
+    # GFL's, GFLv2's and ATSS's heads have one rule
     head = spec.student.head.kind
-    kind = head if assignment(spec) == header.assignment else {"fcos": "fcos", "atss": "gfl"}[header.assignment]
+    other = "gfl" if header.assignment == "atss" else header.assignment
+    kind = head if assignment(spec) == header.assignment else other
     asked: dict[str, tuple[object, object]] = {
         "data.short_side": ([header.short_side] * 2, list(data.short_side)),
         "data.long_side": (header.long_side, data.long_side),
@@ -165,6 +166,7 @@ def flips(data: DataSpec) -> tuple[bool, ...]:
     return {0.0: (False,), 1.0: (True,)}.get(data.flip, (False, True))
 
 
-def assignment(spec: DistillSpec) -> Literal["atss", "fcos"]:
+def assignment(spec: DistillSpec) -> Literal["atss", "fcos", "retina"]:
     """Return the rule by which the student's head assigns objects."""
-    return "fcos" if spec.student.head.kind == "fcos" else "atss"
+    kind = spec.student.head.kind
+    return kind if kind in ("fcos", "retina") else "atss"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldctl import checkpoint
 from ldctl.assemble import Setting, choose_device, compare_classes, load_detector, note, note_faults, place
-from ldctl.assign import assign, assign_fcos
+from ldctl.assign import assign
 from ldctl.boxes import PAD_MULTIPLE, location_grid
 from ldctl.cacheable import (
     READS_CLASSES,
@@ -44,7 +44,7 @@ from ldctl.models.detector import STRIDES, Detector
 from ldctl.predict import to_device
 from ldctl.regions import vlr_weights
 from ldctl.spec import DistillSpec
-from ldctl.step import padded_hw
+from ldctl.step import RULES, padded_hw
 from ldctl.trainer import interrupts, stops
 from ldctl.types import Batch, Dataset, Locations, Targets
 
@@ -85,6 +85,9 @@ def cache_teacher(spec: DistillSpec, target: Path | None, dtype: Dtype, *, quiet
     match = compare_classes(meta.classes, spec, dataset.classes)
     if not match.is_complete:
         raise DataError(other_classes(source, match))
+    fault = spec.fault_of_heads(teacher.spec)
+    if fault is not None:
+        raise SpecError(f"{source}: {fault}")
     bf16 = spec.train.bf16 and device.type == "cuda"
     header = header_of(spec, teacher, meta, dataset, dtype, bf16=bf16)
     note(predicted_size(spec, header, dataset, target))
@@ -174,7 +177,7 @@ def header_of(
         num_bins=teacher.head.num_bins,
         has_quality=teacher.head.quality is not None,
         location_offset=teacher.head.location_offset,
-        num_locations=sum(height * width for height, width in _level_sizes(spec.data)),
+        num_locations=len(students_locations(spec, _level_sizes(spec.data), torch.device("cpu")).level),
         batch=spec.train.batch // spec.train.accumulate,
         bf16=bf16,
         versions=checkpoint.package_versions(),
@@ -194,7 +197,7 @@ def taught_rows(teacher: Detector, spec: DistillSpec, header: CacheHeader, batch
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=header.bf16):
         dense = teacher(teacher.normalize(batch.images, batch.size_hw))
     assert len(dense.locations.level) == header.num_locations, "the batch is a canvas"
-    locations = location_grid(dense.locations.level_hw, STRIDES, batch.images.device, spec.student.head.location_offset)
+    locations = students_locations(spec, dense.locations.level_hw, batch.images.device)
     masks = regions_told(spec, header, locations, batch.targets, batch.size_hw)
 
     def told(mask: Bool[Tensor, "B A"], *values: Tensor) -> list[list[np.ndarray]]:
@@ -225,7 +228,7 @@ def regions_told(
         targets: Objects.
         size_hw: Sizes of the images.
     """
-    rule = assign_fcos if assignment(spec) == "fcos" else assign
+    rule = RULES.get(spec.student.head.kind, assign)
     assigned = rule(locations, targets, padded_hw(size_hw), 1)  # which class is of no interest
     masks = {"main": assigned.is_positive, "vlr": vlr_weights(spec.distill, assigned, targets, locations) > 0}
     nowhere = torch.zeros_like(assigned.is_positive)
@@ -261,10 +264,16 @@ def _record_bytes(spec: DistillSpec, header: CacheHeader, dataset: Dataset, inde
     view = fixed_view(sample, spec.data, is_flipped)
     is_wide = sample.width > sample.height
     sizes = _level_sizes(spec.data, is_wide=is_wide)
-    locations = location_grid(sizes, STRIDES, torch.device("cpu"), spec.student.head.location_offset)
+    locations = students_locations(spec, sizes, torch.device("cpu"))
     targets = padded([place_objects(sample, view)], 1)
     edge, cls = regions_told(spec, header, locations, targets, torch.tensor([[view.height, view.width]]))
     return header.record_bytes(int(edge.sum()), int(cls.sum()))
+
+
+def students_locations(spec: DistillSpec, sizes_hw: tuple[tuple[int, int], ...], device: torch.device) -> Locations:
+    """Return the locations of a student that need not be built."""
+    head = spec.student.head
+    return location_grid(sizes_hw, STRIDES, device, head.location_offset, head.prior_wh)
 
 
 def _level_sizes(data: DataSpec, *, is_wide: bool = True) -> tuple[tuple[int, int], ...]:

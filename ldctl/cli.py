@@ -165,7 +165,7 @@ def teacher_import(
         ),
     ] = None,
 ) -> None:
-    """Import a detector of mmdet: GFL, an LD student, or GFLv2, ATSS or FCOS with edge distributions.
+    """Import a detector of mmdet: GFL, an LD student, or GFLv2, ATSS, FCOS or RetinaNet with edge distributions.
 
     Example: ldctl teacher import gfl_r101_fpn_mstrain_2x_coco.pth -o gfl_r101.safetensors
     """

@@ -38,7 +38,12 @@ def import_teacher(source: Path, target: Path, classes: str | None) -> str:
     names = _class_names(classes, found.num_classes)
     values = {
         "backbone": {"depth": found.depth, "dcn": found.has_dcn},
-        "head": {"kind": found.kind, "reg_max": found.reg_max, "num_convs": found.num_convs},
+        "head": {
+            "kind": found.kind,
+            "reg_max": found.reg_max,
+            "num_convs": found.num_convs,
+            "norm": "group" if found.has_norm else "none",
+        },
         "channels": found.channels,
     }
     try:

@@ -1,4 +1,4 @@
-"""The detection losses: GFL's and GFLv2's, and those of heads that tell centerness."""
+"""The detection losses: GFL's and GFLv2's, those of heads that tell centerness, and RetinaNet's."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -25,7 +25,7 @@ class LossSpec(Spec):
 
     Attributes:
         qfl: Classes, of GFL and GFLv2.
-        focal: Classes, of ATSS and FCOS.
+        focal: Classes, of ATSS, FCOS and RetinaNet.
         giou: Boxes; FCOS itself has 1.
         dfl: Edge distributions, of GFL and GFLv2; 0 leaves it out.
         centerness: Of ATSS and FCOS.
@@ -200,21 +200,56 @@ def centerness_losses(
     as one positive.
     """
     assert at_main.quality is not None, "the head tells centerness"
-    logit = dense.cls.float().flatten(0, 1)
-    target = class_targets(logit, assigned, central, torch.ones_like(central.weight))
     told = at_main.quality.float().squeeze(0)
     per_row = binary_cross_entropy_with_logits(told, central.weight, reduction="none")
     giou = giou_loss(positives(at_main, assigned, central))
     return {
-        "focal": spec.focal * focal_loss(logit, target, validity(assigned)) / norm.num_positive,
+        "focal": spec.focal * focal_sum(dense, assigned, central) / norm.num_positive,
         "giou": spec.giou * (giou * central.weight).sum() / norm.weight_sum,
         "centerness": spec.centerness * per_row.sum() / norm.num_positive,
     }
 
 
+def overlap_losses(
+    spec: LossSpec, dense: Dense, at_main: Dense, assigned: Assigned, main: Where, norm: Normalizer
+) -> dict[str, Float[Tensor, ""]]:
+    """Return `focal` and `giou`, weighted and normalised; their sum trains a plain RetinaNet detector.
+
+    Args:
+        spec: Weights.
+        dense: The detector's outputs.
+        at_main: Those at the positives.
+        assigned: Targets of every location.
+        main: The positives, which count alike whatever their weights.
+        norm: Divisors.
+
+    Returns:
+        Scalars >= 0. Without positives `giou` is 0 and still reaches every box parameter with a zero gradient.
+
+    Normalized by: the number of positives.
+
+    Source: RetinaNet (ICCV 2017, arXiv:1708.02002), with GIoU of the decoded boxes, as in LD's released code. Differs
+    from that: the number of positives is averaged over ranks, where it takes each rank's own.
+    """
+    return {
+        "focal": spec.focal * focal_sum(dense, assigned, main) / norm.num_positive,
+        "giou": spec.giou * giou_loss(positives(at_main, assigned, main)).sum() / norm.num_positive,
+    }
+
+
+def focal_sum(dense: Dense, assigned: Assigned, main: Where) -> Float[Tensor, ""]:
+    """Return the focal loss of all classes, summed over the locations that are positive or background.
+
+    Normalized by: nothing.
+    """
+    logit = dense.cls.float().flatten(0, 1)
+    target = class_targets(logit, assigned, main, torch.ones_like(main.weight))
+    return focal_loss(logit, target, validity(assigned))
+
+
 def validity(assigned: Assigned) -> Float[Tensor, " N"]:
-    """Return 1 for each valid location of each image, 0 for the others."""
-    return assigned.is_valid.flatten().float()
+    """Return 1 for each location of each image that is positive or background, 0 for invalid and ignored ones."""
+    return (assigned.is_valid & ~assigned.is_ignored).flatten().float()
 
 
 def by_centerness(main: Where, assigned: Assigned, locations: Locations) -> Where:

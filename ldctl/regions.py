@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ldctl.boxes import (
     EPS,
-    PRIOR_SCALE,
     box_area,
     box_iou,
     center_penalty,
@@ -20,7 +19,9 @@ from ldctl.boxes import (
     group_nms,
     intersection,
     level_table,
+    locations_of,
     prior_boxes,
+    prior_table,
     rank_in_group,
 )
 from ldctl.schema import Spec
@@ -167,7 +168,8 @@ def vlr_weights(spec: RegionSpec, assigned: Assigned, targets: Targets, location
 
     Source: LD (CVPR 2022, arXiv:2102.12252), algorithm 1.
 
-    Differs from the paper: weighted by IoU instead of a mask, as in the released code. A location may also be positive.
+    Differs from the paper: weighted by IoU instead of a mask, as in the released code. A location may also be positive,
+    or ignored by RetinaNet's assigner; the released code takes positives out for RetinaNet, and for no other head.
     """
     met = encounters(locations, targets, may_be_valuable(spec, assigned, targets, locations))
     prior_xyxy = prior_boxes(locations)[met.row % len(locations.level)]
@@ -203,8 +205,10 @@ def may_be_valuable(
     if spec.vlr == "reference":
         return on_all_levels(targets, locations)
     _, stride, _ = level_table(locations.level_hw, locations.level_stride, targets.gt_xyxy.device)
-    area, prior_area = box_area(targets.gt_xyxy)[..., None], (PRIOR_SCALE * stride).square()
-    highest_iou = torch.minimum(area, prior_area) / torch.maximum(area, prior_area)
+    prior_wh = prior_table(locations.prior_wh, stride.device)
+    area = box_area(targets.gt_xyxy)[..., None, None]
+    prior_area = prior_wh.prod(dim=1) * stride.square()[:, None]
+    highest_iou = (torch.minimum(area, prior_area) / torch.maximum(area, prior_area)).amax(dim=-1)
     lowest_iou = spec.gamma * assigned.threshold.where(targets.is_object, 0.0)[..., None]
     return targets.is_object[..., None] & (highest_iou >= (1 - ROUNDING) * lowest_iou)
 
@@ -217,6 +221,8 @@ def on_all_levels(targets: Targets, locations: Locations) -> Bool[Tensor, "B G P
 def encounters(locations: Locations, targets: Targets, is_wanted: Bool[Tensor, "B G P"]) -> Encounters:
     """Find the prior boxes that share area with an object, by arithmetic on the grid instead of comparing all.
 
+    Of a cell with several of them all are found, if the widest and the highest could.
+
     Synchronises with the host once: how many there are decides shapes.
 
     Args:
@@ -228,8 +234,9 @@ def encounters(locations: Locations, targets: Targets, is_wanted: Bool[Tensor, "
     level_hw, stride, first = level_table(locations.level_hw, locations.level_stride, device)
     corner = targets.gt_xyxy[:, :, None] / stride[:, None] - locations.offset  # B G P 4, in columns and rows
     # a prior box that only touches the object shares nothing with it
-    start_xy = ((corner[..., :2] - PRIOR_SCALE / 2).floor().long() + 1).clamp(min=0)
-    end_xy = torch.minimum((corner[..., 2:] + PRIOR_SCALE / 2).ceil().long(), level_hw.flip(1))
+    reach_wh = prior_table(locations.prior_wh, device).amax(dim=0) / 2
+    start_xy = ((corner[..., :2] - reach_wh).floor().long() + 1).clamp(min=0)
+    end_xy = torch.minimum((corner[..., 2:] + reach_wh).ceil().long(), level_hw.flip(1))
     num_xy = (end_xy - start_xy).clamp(min=0)
     count = (num_xy.prod(dim=-1) * is_wanted).flatten()
     window = torch.arange(len(count), device=device).repeat_interleave(count)  # synchronises
@@ -240,7 +247,9 @@ def encounters(locations: Locations, targets: Targets, is_wanted: Bool[Tensor, "
     num_levels = len(locations.level_hw)
     target, level = window // num_levels, window % num_levels
     image = target // max(targets.gt_label.shape[1], 1)
-    return Encounters(image * len(locations.level) + first[level] + y * level_hw[level, 1] + x, target)
+    num_priors = locations.num_priors
+    cell = image * (len(locations.level) // num_priors) + first[level] + y * level_hw[level, 1] + x
+    return Encounters(locations_of(cell, num_priors).flatten(), target.repeat_interleave(num_priors))
 
 
 def best_of_each(met: Encounters, value: Float[Tensor, " N"], assigned: Assigned) -> Float[Tensor, "B A"]:

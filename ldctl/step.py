@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ldctl.assign import assign, assign_fcos
-from ldctl.boxes import PAD_MULTIPLE, location_grid
+from ldctl.assign import assign, assign_fcos, assign_max_iou
+from ldctl.boxes import PAD_MULTIPLE
 from ldctl.data.teacher_cache import TeacherCache
 from ldctl.distill import PredictionTerm
 from ldctl.distill.crosskd import aligned_towers
@@ -20,6 +20,7 @@ from ldctl.losses import (
     centerness_losses,
     detection_losses,
     normalizer,
+    overlap_losses,
     positive_count,
 )
 from ldctl.models.detector import Detector, PostprocessSpec
@@ -37,6 +38,10 @@ from ldctl.pairing import (
 from ldctl.regions import DRAWN, Region, RegionSpec, draw, main_region, region
 from ldctl.spec import DistillationSpec
 from ldctl.types import Assigned, Batch, Dense, Locations, Normalizer, Pair, Scaled, Targets, TeacherRows, Where
+
+# What other kinds of heads have in the place of GFL's: the rule of assignment, and the losses.
+RULES = {"fcos": assign_fcos, "retina": assign_max_iou}
+OWN_LOSSES = {"atss": centerness_losses, "fcos": centerness_losses, "retina": overlap_losses}
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,7 @@ def training_losses(
     norm = normalizer(teaching.spec.normalize if teaching else "synced", assigned, boxes, parts=parts)
     if num_positive is not None:
         norm = replace(norm, num_positive=num_positive)
-    own_losses = centerness_losses if has_centerness else detection_losses
+    own_losses = OWN_LOSSES.get(detector.spec.head.kind, detection_losses)
     named = own_losses(losses, dense, at_main, assigned, boxes, norm)
     if teaching is None:
         return named
@@ -213,9 +218,11 @@ def distillation_losses(teaching: Teaching, lesson: Lesson, seen: Seen) -> dict[
         lesson: What they look at.
         seen: The regions that the objects decide, and the student's predictions there.
     """
-    rows = [seen.where[name].picked for name in seen.at]
-    theirs = dict(zip(seen.at, lesson.pair.teacher.at(rows), strict=True))
-    pair_at = {name: share_classes(Pair(own, theirs[name]), teaching.shared) for name, own in seen.at.items()}
+    asked = {term.region for term in teaching.spec.terms if isinstance(term, PredictionTerm)}
+    own = {name: at for name, at in seen.at.items() if name in asked}  # elsewhere the teacher's locations may be others
+    theirs = lesson.pair.teacher.at([seen.where[name].picked for name in own]) if own else []
+    pairs = zip(own, own.values(), theirs, strict=True)
+    pair_at = {name: share_classes(Pair(student, teacher), teaching.shared) for name, student, teacher in pairs}
     pair, where = share_classes(lesson.pair, teaching.shared), dict(seen.where)
     for name in sorted({term.region for term in teaching.spec.terms} - where.keys()):
         where[name] = region(name, teaching.spec, pair, lesson.assigned, lesson.targets)
@@ -243,7 +250,8 @@ def recalled_losses(
         norm: What losses are divided by.
     """
     losses = {}
-    recalled = {name: recall(taught, name, seen.where[name].picked, own) for name, own in seen.at.items()}
+    asked = {term.region for term in teaching.spec.terms}
+    recalled = {name: recall(taught, name, seen.where[name].picked, seen.at[name]) for name in asked}
     for term in teaching.spec.terms:
         assert isinstance(term, PredictionTerm), "others were refused"
         where, there = seen.where[term.region], recalled[term.region]
@@ -280,7 +288,7 @@ def compare(teaching: Teaching, images: Float[Tensor, "B 3 H W"], student: Dense
 
 def assign_by_head(detector: Detector, locations: Locations, targets: Targets, batch: Batch) -> Assigned:
     """Assign objects to locations by the rule of the detector's head."""
-    rule = assign_fcos if detector.spec.head.kind == "fcos" else assign
+    rule = RULES.get(detector.spec.head.kind, assign)
     return rule(locations, targets, padded_hw(batch.size_hw), detector.num_classes)
 
 
@@ -363,7 +371,7 @@ def count_positive(detector: Detector, batch: Batch) -> Float[Tensor, ""]:
     """Count the positives of a batch, at least one per labelled image, averaged over ranks; needs no prediction."""
     height, width = batch.images.shape[-2:]
     sizes_hw = tuple((-(-height // stride), -(-width // stride)) for stride in detector.strides)
-    locations = location_grid(sizes_hw, detector.strides, batch.images.device, detector.spec.head.location_offset)
+    locations = detector.head.locations(sizes_hw, batch.images.device)
     count = reduce_mean(positive_count(assign_labelled(detector, locations, batch)).float())
     return count.clamp(min=1 / world_size())  # without labelled images, the losses of those are 0 and have to stay so
 

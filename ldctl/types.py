@@ -5,7 +5,8 @@ Shape letters, used in every signature:
 | letter | meaning |
 | --- | --- |
 | `B` | images of a batch |
-| `A` | locations of an image, all pyramid levels concatenated, finest first, row-major in a level |
+| `A` | locations of an image, all pyramid levels concatenated, finest first, row-major in a level; a cell of a map that
+| | has several prior boxes has as many, next to each other |
 | `G` | objects of an image, padded to the most of any image in the batch |
 | `C` | classes |
 | `R` | bins of an edge distribution, `reg_max + 1` |
@@ -301,9 +302,11 @@ class Locations:
         xy: Location in pixels of the network input: column and row, plus the offset, times the stride.
         stride: Pixels between neighbours of the location's level.
         level: 0 for the finest.
-        level_hw: Rows and columns of each level; their products sum to `A`. None where these are picked from a grid.
+        level_hw: Rows and columns of each level's cells; their products, times the prior boxes, sum to `A`. None where
+            these are picked from a grid.
         level_stride: Stride of each level in pixels.
         offset: Of locations from the corner of their cells, in strides: 0, or 0.5 for their centres.
+        prior_wh: Width and height of each of a cell's prior boxes, strides; each has a location of its own.
     """
 
     xy: Float[Tensor, "A 2"]
@@ -311,12 +314,18 @@ class Locations:
     level: Int[Tensor, " A"]
     level_hw: tuple[tuple[int, int], ...]
     level_stride: tuple[int, ...]
-    offset: float = 0.0
+    offset: float
+    prior_wh: tuple[tuple[float, float], ...]
+
+    @property
+    def num_priors(self) -> int:
+        """Return the number of locations of each cell."""
+        return len(self.prior_wh)
 
     @property
     def level_sizes(self) -> tuple[int, ...]:
         """Return the number of locations of each level."""
-        return tuple(height * width for height, width in self.level_hw)
+        return tuple(height * width * self.num_priors for height, width in self.level_hw)
 
     def at(self, index: Int[Tensor, " N"]) -> "Locations":
         """Return some of the locations, which make no grid."""
@@ -411,10 +420,11 @@ class Assigned:
     """Which location answers for which object.
 
     Attributes:
-        label: Class of the location's object; `num_classes` for background.
-        gt_xyxy: Box of the location's object, pixels; zeros for background.
+        label: Class of the location's object; `num_classes` where it has none.
+        gt_xyxy: Box of the location's object, pixels; zeros where it has none.
         is_positive: True where the location answers for an object.
         is_valid: False for locations beyond the image's own padding: they take part in nothing.
+        is_ignored: True where the rule leaves open whether a location is background: no class loss looks there.
         threshold: Each object's positive IoU threshold; infinite for padded objects.
     """
 
@@ -422,6 +432,7 @@ class Assigned:
     gt_xyxy: Float[Tensor, "B A 4"]
     is_positive: Bool[Tensor, "B A"]
     is_valid: Bool[Tensor, "B A"]
+    is_ignored: Bool[Tensor, "B A"]
     threshold: Float[Tensor, "B G"]
 
 

@@ -114,8 +114,9 @@ def same_run(found: Path, expected: Path) -> None:
         ({"distill__terms": LATER, "train__batch": 3}, {"model__head__kind": "gflv2"}),
         ({"distill__terms": LATER, "student__head__kind": "fcos"}, {"model__head__kind": "atss"}),
         ({"student__head__kind": "fcos", "train__batch": 1}, {"model__head__kind": "fcos"}),
+        ({"student__head__kind": "retina"}, {"model__head__kind": "retina"}),
     ],
-    ids=["ld-full", "reference-parts", "quality", "offset", "alone"],
+    ids=["ld-full", "reference-parts", "quality", "offset", "alone", "nine-boxes"],
 )
 def test_a_cache_in_float32_teaches_what_its_teacher_does(
     data: Path, teacher: Path, tmp_path: Path, changed: dict[str, Any], of_teacher: dict[str, Any]

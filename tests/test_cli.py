@@ -965,10 +965,10 @@ def test_import(ldctl: Callable[[str], Ran], foreign: dict[str, torch.Tensor], t
     assert checkpoint.load_meta(tmp_path / "read.safetensors").classes == tuple(names)
 
 
-@pytest.mark.parametrize("kind", ["gflv2", "atss", "fcos"])
+@pytest.mark.parametrize("kind", ["gflv2", "atss", "fcos", "retina"])
 def test_other_heads_to_mmdet_and_back(ldctl: Callable[[str], Ran], tmp_path: Path, kind: str) -> None:
     """Nothing in a file tells ATSS's from FCOS's head but the names of its layers."""
-    head = HeadSpec.model_validate({"kind": kind, "num_convs": 1})
+    head = HeadSpec.model_validate({"kind": kind, "num_convs": 1, "norm": "none" if kind == "retina" else "group"})
     model = ModelSpec(backbone=ResNetSpec(depth=18), head=head, channels=32)
     tensors = Detector(model, 2).state_dict()
     meta = CheckpointMeta(model=model.model_dump(mode="json"), classes=("a", "b"), short_side=64, long_side=64)

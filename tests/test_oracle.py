@@ -212,7 +212,7 @@ def check_imitation(case: Case, fork: str) -> None:
     """
     pair = Pair(finest(case.student), finest(case.teacher))
     count = len(pair.student.locations.level)
-    fields = ("label", "gt_xyxy", "is_positive", "is_valid")
+    fields = ("label", "gt_xyxy", "is_positive", "is_valid", "is_ignored")
     assigned = replace(case.assigned, **{name: getattr(case.assigned, name)[:, :count] for name in fields})
     norm = normalizer("reference", assigned, main_region(pair.student, assigned))
     for name, key in (("finegrained", "finegrained"), ("inside_gt", "fitnet"), ("gi", "gibox")):

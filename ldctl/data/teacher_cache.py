@@ -87,7 +87,7 @@ class CacheHeader(Spec):
     short_side: int
     long_side: int
     scaled_jpeg: bool
-    assignment: Literal["atss", "fcos"]
+    assignment: Literal["atss", "fcos", "retina"]
     edge_regions: tuple[CachedRegion, ...]
     cls_regions: tuple[CachedRegion, ...]
     vlr: str

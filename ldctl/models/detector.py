@@ -71,7 +71,12 @@ class Detector(nn.Module):
         # The input statistics belong to the code and the spec, not to a weights file.
         self.register_buffer("mean", torch.tensor(self.backbone.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.backbone.std).view(3, 1, 1), persistent=False)
-        self.fpn = FPN(self.backbone.out_channels, spec.channels, has_relu=spec.head.kind == "fcos")
+        self.fpn = FPN(
+            self.backbone.out_channels,
+            spec.channels,
+            has_relu=spec.head.kind == "fcos",
+            is_on_input=spec.head.kind == "retina",
+        )
         self.head = DenseHead(spec.head, spec.channels, num_classes, STRIDES)
 
     def normalize(self, images: UInt8[Tensor, "B 3 H W"], size_hw: Int[Tensor, "B 2"]) -> Float[Tensor, "B 3 H W"]:
