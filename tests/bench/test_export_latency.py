@@ -28,17 +28,24 @@ from ldctl.export.onnx import OnnxExporter, build
 from ldctl.models import Detector, ModelSpec, PostprocessSpec, ResNetSpec
 from ldctl.spec import DistillSpec
 
-ROUNDS = 25
-# Two sessions of one and the same file differ by up to this in the median; the bench prints by how much they did.
-NOISE = 0.03
+NOISE = 0.03  # two sessions of one and the same file differ by that much; the bench prints by how much they did
+SHAPES = (
+    0.02  # of the narrowest student's time: an image of any size has its shapes computed, one of a fixed size has not
+)
 CANDIDATES = 300  # pairs of location and class above the threshold, as on a photo with some dozens of objects
 POST = PostprocessSpec()
 
-# class count, photo, network input
+# detector, classes, photo, network input, rounds
 STUDENTS = {
-    "small": (lambda: spec.load(DistillSpec, "small", {"teacher.path": "-"}, []).student, 3, (480, 640), (240, 320)),
-    "r18": (lambda: ModelSpec(backbone=ResNetSpec(depth=18, init="none")), 80, (480, 640), (256, 320)),
-    "r50": (lambda: ModelSpec(backbone=ResNetSpec(depth=50, init="none")), 80, (640, 640), (640, 640)),
+    "small": (
+        lambda: spec.load(DistillSpec, "small", {"teacher.path": "-"}, []).student,
+        3,
+        (480, 640),
+        (240, 320),
+        41,
+    ),
+    "r18": (lambda: ModelSpec(backbone=ResNetSpec(depth=18, init="none")), 80, (640, 640), (320, 320), 21),
+    "r50": (lambda: ModelSpec(backbone=ResNetSpec(depth=50, init="none")), 80, (640, 640), (640, 640), 15),
 }
 
 
@@ -82,7 +89,9 @@ class PlainPipeline(nn.Module):
         row, score, label = torch.cat(rows), torch.cat(scores), torch.cat(labels)
         counts = score > POST.score_threshold
         row, score, label = row[counts], score[counts], label[counts]
-        apart = label.unsqueeze(1) * 10_000.0  # boxes of different classes do not meet: `batched_nms` cannot be exported
+        apart = (
+            label.unsqueeze(1) * 10_000.0
+        )  # boxes of different classes do not meet: `batched_nms` cannot be exported
         keep = nms(xyxy[row] + apart, score, POST.nms_iou)[: POST.max_detections]
         return xyxy[row][keep], score[keep], label[keep]
 
@@ -131,9 +140,9 @@ def runner(session: onnxruntime.InferenceSession, image: np.ndarray) -> Callable
     return lambda: session.run(None, {given.name: image})
 
 
-def milliseconds(runners: dict[str, Callable[[], object]]) -> dict[str, float]:
+def milliseconds(runners: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in range(ROUNDS + 2):  # the first two warm up
+    for _ in range(rounds + 2):  # the first two warm up
         for name, run in runners.items():
             start = time.process_time()
             run()
@@ -144,9 +153,10 @@ def milliseconds(runners: dict[str, Callable[[], object]]) -> dict[str, float]:
 @pytest.mark.bench
 @pytest.mark.parametrize("name", STUDENTS)
 def test_latency_against_a_plain_export(name: str, tmp_path: Path) -> None:
-    model, num_classes, photo_hw, size_hw = STUDENTS[name]
+    model, num_classes, photo_hw, size_hw, rounds = STUDENTS[name]
     generator = np.random.default_rng(0)
-    photo = generator.integers(0, 256, (1, 3, *photo_hw), dtype=np.uint8)
+    coarse = torch.from_numpy(generator.integers(0, 256, (1, 3, 16, 16), dtype=np.uint8))
+    photo = interpolate(coarse, size=photo_hw, mode="bilinear").numpy()
     detector = make(model(), num_classes, size_hw, photo)
     padded_hw = [-(-side // 32) * 32 for side in size_hw]
     normal = generator.normal(size=(1, 3, *padded_hw)).astype(np.float32)
@@ -171,7 +181,7 @@ def test_latency_against_a_plain_export(name: str, tmp_path: Path) -> None:
     plain_boxes, *_ = runners["plain whole"]()
     assert count > 20
     assert abs(len(plain_boxes) - count) <= 0.1 * POST.max_detections, "the same job, but for levels rounded to uint8"
-    ms = milliseconds(runners)
+    ms = milliseconds(runners, rounds)
     report = {
         "bench": "export",
         "student": name,
@@ -184,4 +194,4 @@ def test_latency_against_a_plain_export(name: str, tmp_path: Path) -> None:
     }
     print(json.dumps(report))
     assert report["whole_ratio"] <= 1 + NOISE
-    assert report["network_ratio"] <= 1 + NOISE
+    assert report["network_ratio"] <= 1 + NOISE + SHAPES
