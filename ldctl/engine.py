@@ -37,7 +37,8 @@ from ldctl.metrics import Metrics, metrics_table, per_class_table, read_coco_res
 from ldctl.metrics import evaluate as evaluate_detections
 from ldctl.models.detector import Detector, ModelSpec
 from ldctl.predict import predict
-from ldctl.run_folder import SPEC_FILE, check_output, open_folder, run_folder
+from ldctl.probe import settle_batch
+from ldctl.run_folder import SPEC_FILE, check_output, open_folder, run_folder, with_saved_batch, write_spec
 from ldctl.spec import (
     AssistantSpec,
     DistillSpec,
@@ -57,6 +58,7 @@ USELESS_AP = 0.01
 LEAST_WIDTH = 60  # columns of the tables: in fewer, rich leaves cells empty; a terminal wraps the lines
 
 S = TypeVar("S", TeacherSpec, DistillSpec, EvalSpec, ExportSpec)
+P = TypeVar("P", TeacherSpec, DistillSpec)
 
 # --- specs ----------------------------------------------------------------------------------------------------------
 
@@ -67,7 +69,8 @@ def teacher_spec(
     """Resolve the spec of `ldctl teacher train`; a resumed run starts from its own."""
     spec = _load(TeacherSpec, preset or _saved_spec(flags, resume), flags, assignments)
     name = _name(preset) if preset else f"teacher-{_short(spec.model)}"
-    return spec if spec.output else spec.model_copy(update={"output": f"runs/{name}"})
+    spec = spec if spec.output else spec.model_copy(update={"output": f"runs/{name}"})
+    return with_saved_batch(spec) if resume else spec
 
 
 def distill_spec(
@@ -75,12 +78,11 @@ def distill_spec(
 ) -> DistillSpec:
     """Resolve the spec of `ldctl distill`; a resumed run starts from its own."""
     spec = _load(DistillSpec, preset or _saved_spec(flags, resume), flags, assignments)
-    if spec.output:
-        return spec
     parts = [_name(preset)] if preset else []
     if not preset or {"student.backbone", "student.backbone.depth"} & set(flags):  # one recipe serves several students
         parts.append(_short(spec.student))
-    return spec.model_copy(update={"output": f"runs/{'-'.join(parts)}"})
+    spec = spec if spec.output else spec.model_copy(update={"output": f"runs/{'-'.join(parts)}"})
+    return with_saved_batch(spec) if resume else spec
 
 
 def eval_spec(path: Path, flags: Mapping[str, object], assignments: Sequence[str]) -> EvalSpec:
@@ -147,6 +149,7 @@ def train_teacher(spec: TeacherSpec, *, resume: bool = False, quiet: bool = Fals
     device = start(spec)
     folder = check_output(spec, resume=resume)
     setting = open_data(spec.data, device, quiet=quiet)
+    spec = settle_batch(spec, "teacher", spec.model, setting)
     open_folder(spec, folder, setting.faults)
     metrics = run(make_job(spec, "teacher", folder, spec.model, setting))
     publish(spec, folder)
@@ -180,13 +183,16 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
     if spec.data.unlabelled:
         pseudo = spec.postprocess.model_copy(update={"score_threshold": spec.distill.pseudo_score})
     teaching = hire(path, spec.distill, device, match=match, scale=spec.teacher.scale, pseudo=pseudo)
+    asked = spec
+    spec = settle_batch(spec, "student", spec.student, setting, teaching)
+    write_spec(spec, folder, str(match))
     results = {}
     if match.is_complete:
         results["teacher"] = examine(teaching.teacher, path, spec, setting.labelled)
     else:
         note("teacher: its classes are not the data's, so its AP on these images is not known")
     if spec.assistant:
-        results["assistant"] = train_assistant(spec, spec.assistant, path, folder, setting, teaching, resume=resume)
+        results["assistant"] = train_assistant(asked, spec.assistant, path, folder, setting, teaching, resume=resume)
         teaching = hire(folder / "assistant" / BEST_FILE, spec.distill, device, pseudo=pseudo)
     if spec.compare:
         part = plain_part(spec, "plain", spec.student, spec.train, folder)
@@ -213,7 +219,7 @@ def examine(teacher: Detector, path: Path, spec: DistillSpec, setting: Setting) 
             setting.val_set,
             spec.data.scaled(spec.teacher.scale),
             spec.postprocess,
-            batch_size=max(int(spec.train.batch / share), 1),
+            batch_size=max(int(spec.train.batch_size / share), 1),
             device=setting.device,
             on_batch=lambda done, total: status.update(f"teacher: image {done} of {total}"),
         )
@@ -291,12 +297,15 @@ def plain_part(spec: DistillSpec, name: str, model: ModelSpec, train: TrainSpec,
 
 
 def train_part(
-    part: RunSpec, name: str, model: ModelSpec, setting: Setting, teaching: Teaching | None = None, *, resume: bool
+    part: P, name: str, model: ModelSpec, setting: Setting, teaching: Teaching | None = None, *, resume: bool
 ) -> Metrics:
     """Train a detector as part of a distillation run, in a folder of its own."""
     folder = Path(part.output or "")
     is_begun = resume and (folder / SPEC_FILE).exists()
-    open_folder(part, check_output(part, resume=is_begun), ())
+    part = with_saved_batch(part) if is_begun else part
+    check_output(part, resume=is_begun)
+    part = settle_batch(part, name, model, setting, teaching)
+    open_folder(part, folder, ())
     return run(make_job(part, name, folder, model, setting, teaching))
 
 

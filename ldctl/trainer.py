@@ -114,7 +114,7 @@ class Trainer:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.steps_per_epoch = num_steps(job.train_set, job.train.batch)
+        self.steps_per_epoch = num_steps(job.train_set, job.train.batch_size)
         self.total_steps = self.steps_per_epoch * job.train.epochs
         self.learner = Learner(job.detector, job.teaching).to(job.device)
         modules = {"student": job.detector, "adapters": self.learner.adapters}
@@ -184,7 +184,7 @@ class Trainer:
         batches = train_batches(
             job.train_set,
             job.data,
-            batch_size=train.batch,
+            batch_size=train.batch_size,
             seed=train.seed,
             epoch=epoch,
             first_step=first_step,
@@ -203,9 +203,9 @@ class Trainer:
         unseen, waited, mark = 0, 0.0, time.monotonic()
         for batch in batches:
             waited += time.monotonic() - mark
-            self.pending.append(self._optimize(to_device(batch, job.device)))
+            self.pending.append(self.optimize(to_device(batch, job.device)))
             self.step += 1
-            unseen += train.batch
+            unseen += train.batch_size
             if self.shares:
                 log.write(progress.gradients(epoch=epoch + 1, step=self.step, shares=self.shares))
                 self.shares = {}
@@ -227,11 +227,11 @@ class Trainer:
             self._stop_if(signal_number)
             mark = time.monotonic()
 
-    def _optimize(self, batch: Batch) -> dict[str, Tensor]:
+    def optimize(self, batch: Batch) -> dict[str, Tensor]:
         """Take one optimizer step; return its losses, detached and still on the device."""
         job, train = self.job, self.job.train
         factor = lr_factor(train.schedule, self.step, self.steps_per_epoch, train.epochs)
-        set_lr(self.optimizer, scaled_lr(train.optim, train.batch) * factor)
+        set_lr(self.optimizer, scaled_lr(train.optim, train.batch_size) * factor)
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         parts = split(batch, train.accumulate)
@@ -313,7 +313,7 @@ class Trainer:
             job.val_set,
             job.data,
             job.postprocess,
-            batch_size=max(job.train.batch // distributed.world_size() // job.train.accumulate, 1),
+            batch_size=max(job.train.batch_size // distributed.world_size() // job.train.accumulate, 1),
             device=job.device,
             on_batch=on_batch,
         )

@@ -32,6 +32,7 @@ LAYERS = (
     {"step", "predict"},
     {"trainer", "run_folder"},
     {"assemble"},
+    {"probe"},
     {"engine", "exchange"},
     {"cli"},
     {"__main__"},

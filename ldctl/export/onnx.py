@@ -22,7 +22,6 @@ from onnx.helper import set_model_props
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImplementedByRuntime
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.onnx import OnnxExporterError
 
 from ldctl import __version__

@@ -44,7 +44,7 @@ def _pairs(network: nn.Module, images: Tensor) -> dict[str, str]:
 
     Modules that run more than once are left out: they may stand in several places.
     """
-    # the tensors are kept, so that none gets the number of another; their versions tell whether something wrote into them
+    # The tensors are kept, so that none gets the number of another; versions tell whether something wrote into them.
     made_by: dict[int, tuple[str, Tensor, int]] = {}
     pairs: dict[str, str] = {}
     calls: list[str] = []
@@ -68,7 +68,7 @@ def _pairs(network: nn.Module, images: Tensor) -> dict[str, str]:
 
 
 def _fold(network: nn.Module, norm_name: str, convolution_name: str) -> None:
-    """Scale and shift a convolution's outputs as its norm does, and put what is left of the norm in the norm's place."""
+    """Scale and shift a convolution's outputs as its norm does; what is left of the norm takes its place."""
     norm, convolution = network.get_submodule(norm_name), network.get_submodule(convolution_name)
     assert isinstance(norm, nn.BatchNorm2d)
     assert isinstance(convolution, nn.Conv2d | DeformableConv2d)
