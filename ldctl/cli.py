@@ -82,7 +82,7 @@ BatchSize = Annotated[
     typer.Option(
         "--batch",
         metavar="<int>|auto",
-        help="Images per step; auto: what memory holds. [default: 16]",
+        help="Images per step; auto: what fits. [default: 16]",
         show_default=False,
     ),
 ]

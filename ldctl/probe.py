@@ -25,7 +25,10 @@ from ldctl.step import Teaching
 from ldctl.trainer import Job, Trainer
 from ldctl.types import Batch, Dataset, Scaled, Targets
 
-MEMORY_SHARE = 0.9  # what is left is for fragments, for libraries' work space, and for evaluation
+# Shares of the memory that a batch may take. On a GPU, where it is tried out, the rest is for fragments, work space of
+# libraries and evaluation. On a CPU it is calculated, and all else on the machine takes from the same memory.
+GPU_SHARE = 0.9
+CPU_SHARE = 0.5
 MOST_IMAGES = 256  # up to here the linear rule trains detectors. Source: MegDet (CVPR 2018, arXiv:1711.07240)
 STEPS_PER_EPOCH = 10  # at least: with fewer, no memory makes up for the steps that are missing. This project's choice
 
@@ -75,7 +78,7 @@ def settle_batch(spec: S, name: str, model: ModelSpec, setting: Setting, teachin
         fit = find(trial, most, setting.device)
     if (images := min(distributed.gather([fit.images]))) == 0:
         raise TrainingError(
-            f"{name}: not even one image fits in {MEMORY_SHARE * fit.total / 2**30:.1f} GB: lower data.short_side and "
+            f"{name}: not even one image fits in {fit.total / 2**30:.1f} GB: lower data.short_side and "
             "data.long_side, or take a smaller detector"
         )
     batch = images * share
@@ -216,7 +219,7 @@ def largest_batch(dataset: Dataset, spec: DataSpec, images: int, teacher_scale: 
 
 
 def _largest_on_gpu(trial: Callable[[int], None], most: int, device: torch.device) -> Fit:
-    """Try sizes until memory runs out, or more than `MEMORY_SHARE` of what this process can have is taken."""
+    """Try sizes until memory runs out, or more than `GPU_SHARE` of what this process can have is taken."""
     gc.collect()
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
@@ -234,7 +237,7 @@ def _largest_on_gpu(trial: Callable[[int], None], most: int, device: torch.devic
             peak = torch.cuda.max_memory_allocated(device)
         gc.collect()  # outside of the handler, for the error holds on to what was in memory
         torch.cuda.empty_cache()
-        if peak is None or peak > MEMORY_SHARE * total:
+        if peak is None or peak > GPU_SHARE * total:
             return False
         taken[images] = peak
         return True
@@ -250,26 +253,36 @@ def _says_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _largest_on_cpu(trial: Callable[[int], None], most: int, _: torch.device) -> Fit:
-    """Measure what one image and two take, and draw a line through both.
+    """Measure what two images and four take, and draw a line through both.
 
-    A process that takes too much is killed without a word, so that nothing larger is tried out.
+    A process that takes too much is killed without a word, so that nothing larger is tried out; nor are four images
+    where they might not fit: they take at most twice as much as two.
 
     Raises:
         SpecError: The system does not tell what is taken and what is free, as all but Linux.
     """
-    return_free_memory()
     try:
-        before, total = resident_bytes("VmRSS"), available_bytes()
-        peaks = []
-        for images in (1, 2):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew. Source: Linux, proc(5)
-            trial(images)
-            peaks.append(resident_bytes("VmHWM") - before)
+        total = available_bytes()
+        two = peak_bytes(trial, 2)
+        four = peak_bytes(trial, 4) if 2 * two <= CPU_SHARE * total else 2 * two
     except OSError as error:
         raise SpecError(
             'train.batch is "auto", but this system does not tell how much memory a step takes: pass a number'
         ) from error
-    return fit_on_line(peaks[0], peaks[1], total, most)
+    return fit_on_line(two, four, total, most)
+
+
+def peak_bytes(trial: Callable[[int], None], images: int) -> int:
+    """Return by how much a trial raises this process's memory.
+
+    Raises:
+        OSError: The system does not say.
+    """
+    return_free_memory()
+    before = resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew. Source: Linux, proc(5)
+    trial(images)
+    return max(resident_bytes("VmHWM") - before, 0)
 
 
 def return_free_memory() -> None:
@@ -280,18 +293,22 @@ def return_free_memory() -> None:
         trim(0)
 
 
-def fit_on_line(one: int, two: int, total: int, most: int) -> Fit:
-    """Return the largest number of images of which at most `MEMORY_SHARE` of the memory is taken.
+def fit_on_line(two: int, four: int, total: int, most: int) -> Fit:
+    """Return the largest number of images of which at most `CPU_SHARE` of the memory is taken.
 
     Args:
-        one: Bytes that a step with one image takes.
         two: Bytes that a step with two images takes.
+        four: Bytes that a step with four images takes.
         total: Bytes that there are.
         most: Most images.
     """
-    per_image = max(two - one, 0)
-    images = largest(lambda count: one + (count - 1) * per_image <= MEMORY_SHARE * total, most)
-    return Fit(images, one + (max(images, 1) - 1) * per_image, total)
+    per_image = max(four - two, 0) // 2
+
+    def taken(images: int) -> int:
+        return two + (images - 2) * per_image
+
+    images = largest(lambda images: taken(images) <= CPU_SHARE * total, most)
+    return Fit(images, taken(max(images, 1)), total)
 
 
 def resident_bytes(key: str) -> int:

@@ -36,12 +36,31 @@ def test_search_finds_the_largest_that_fits(most: int) -> None:
 
 
 def test_line_through_two_measurements() -> None:
-    # 30 + 20 n at n images, and 0.9 of 300 is 270: 12 images
-    assert fit_on_line(50, 70, 300, most=100) == Fit(12, 270, 300)
-    assert fit_on_line(50, 70, 299, most=100) == Fit(11, 250, 299)
-    assert fit_on_line(50, 70, 300, most=5) == Fit(5, 130, 300)
-    assert fit_on_line(50, 70, 50, most=5).images == 0
-    assert fit_on_line(50, 49, 60, most=5) == Fit(5, 50, 60)
+    # 30 + 20 n at n images, and half of 540 is 270: 12 images
+    assert fit_on_line(70, 110, 540, most=100) == Fit(12, 270, 540)
+    assert fit_on_line(70, 110, 539, most=100) == Fit(11, 250, 539)
+    assert fit_on_line(70, 110, 540, most=5) == Fit(5, 130, 540)
+    assert fit_on_line(70, 110, 100, most=5) == Fit(1, 50, 100)
+    assert fit_on_line(70, 110, 99, most=5).images == 0
+    assert fit_on_line(70, 69, 140, most=5) == Fit(5, 70, 140)
+
+
+def test_four_images_are_not_tried_where_they_may_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "available_bytes", lambda: 500)
+    tried = []
+    monkeypatch.setattr(probe, "peak_bytes", lambda _, images: tried.append(images) or {2: 120, 4: 200}[images])
+    assert probe._largest_on_cpu(lambda _: None, 100, CPU) == Fit(5, 240, 500)
+    monkeypatch.setattr(probe, "available_bytes", lambda: 470)
+    assert probe._largest_on_cpu(lambda _: None, 100, CPU) == Fit(3, 180, 470)
+    assert tried == [2, 4, 2]
+
+
+def test_peak_of_a_trial_is_measured() -> None:
+    def trial(images: int) -> None:
+        torch.ones(images, 2**24)  # 64 MB each
+
+    for images in (2, 4, 2):  # larger peaks before do not count
+        assert 64 * images - 8 <= probe.peak_bytes(trial, images) / 2**20 < 64 * images + 32
 
 
 def test_an_epoch_keeps_ten_steps() -> None:
