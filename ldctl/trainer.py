@@ -203,7 +203,7 @@ class Trainer:
         unseen, waited, mark = 0, 0.0, time.monotonic()
         for batch in batches:
             waited += time.monotonic() - mark
-            self.pending.append(self.optimize(to_device(batch, job.device)))
+            self.pending.append(self._optimize(to_device(batch, job.device)))
             self.step += 1
             unseen += train.batch_size
             if self.shares:
@@ -227,7 +227,7 @@ class Trainer:
             self._stop_if(signal_number)
             mark = time.monotonic()
 
-    def optimize(self, batch: Batch) -> dict[str, Tensor]:
+    def _optimize(self, batch: Batch) -> dict[str, Tensor]:
         """Take one optimizer step; return its losses, detached and still on the device."""
         job, train = self.job, self.job.train
         factor = lr_factor(train.schedule, self.step, self.steps_per_epoch, train.epochs)
