@@ -176,7 +176,7 @@ def look_at(annotations: Annotations, spec: DataSpec, device: torch.device, *, q
     faults = tuple(dict.fromkeys(str(fault) for one in found.values() for fault in one.faults))
     note_faults(faults, f", all in {FAULTS_FILE} of the run's folder")
     for name, one in found.items():
-        boxes = sum(len(sample.label) for sample in one.samples)
+        boxes = one.samples.num_objects.sum()
         what = "" if name == "unlabelled" else f", {boxes} boxes, {len(one.classes)} classes"
         note(f"{name}: {len(one.samples)} images{what} from {one.name}")
     train_sets = [found[name] for name in ("train", "unlabelled") if name in found]
@@ -207,6 +207,15 @@ def load_detector(path: Path) -> tuple[Detector, CheckpointMeta]:
     checkpoint.fit(loaded.tensors, shapes(detector), path)
     detector.load_state_dict(loaded.tensors)
     return detector, loaded.meta
+
+
+def place(detector: Detector, device: torch.device) -> Detector:
+    """Move a detector; on a GPU into the memory format that its matrix units read.
+
+    Not so on a CPU, where torch 2.14 crashes in the backward pass of narrow detectors in that format.
+    """
+    detector = detector.to(device)
+    return detector.to(memory_format=torch.channels_last) if device.type == "cuda" else detector
 
 
 def check_initial_weights(models: Iterable[ModelSpec]) -> None:
@@ -281,7 +290,7 @@ def hire(
         )
         shared = SharedClasses(student_class, teacher_class)
     return Teaching(
-        teacher=teacher.eval().requires_grad_(False).to(device),
+        teacher=place(teacher.eval().requires_grad_(False), device),
         spec=distill,
         sha256=checkpoint.sha256(path),
         shared=shared,
@@ -328,7 +337,7 @@ def make_job(
     return Job(
         name=name,
         folder=folder,
-        detector=detector.to(setting.device),
+        detector=place(detector, setting.device),
         teaching=teaching,
         train=spec.train,
         data=spec.data,

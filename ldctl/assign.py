@@ -1,13 +1,12 @@
-"""Which location answers for which object, by ATSS or FCOS, and each object's IoU threshold."""
+"""Which location answers for which object, by ATSS, FCOS or RetinaNet, and each object's IoU threshold."""
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from ldctl.boxes import box_area, box_iou, encode_ltrb, prior_boxes
+from ldctl.boxes import box_area, box_iou, encode_ltrb, level_table, locations_of, prior_boxes
 from ldctl.types import Assigned, Locations, Targets
 
 NUM_CANDIDATES = 9  # per object and level. Source: ATSS, table 8
@@ -21,6 +20,14 @@ CENTER_WINDOW = 3  # columns and rows of which fewer than 1.5 strides lie on eit
 # less, the coarsest for more. Source: FCOS (ICCV 2019, arXiv:1904.01355), 3.2: 64 to 128 pixels on stride 16
 MIN_REACH, MAX_REACH = 4.0, 8.0
 INFINITY_BITS = 0x7F800000  # of float32; see `ordered_bits`
+# A location whose prior box overlaps no object so much is background. From 0.5 on it answers for the object. Source:
+# RetinaNet (ICCV 2017, arXiv:1708.02002), 4.1
+BACKGROUND_IOU = 0.4
+POSITIVE_BITS = 0x3F000000  # of 0.5; see `ordered_bits`
+# Prior boxes are at most 9 strides wide or high. One that overlaps an object by 0.4 lies in it off its centre by three
+# quarters of that (the object is 2.5 times as wide), else by less: 7 columns and rows on either side of the nearest.
+OVERLAP_WINDOW = 15
+ABOVE_ONE_BITS = 0x40000000  # of 2.0, above any IoU; see `ordered_bits`
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ def assign(locations: Locations, targets: Targets, pad_hw: Int[Tensor, "B 2"], n
     gt_xyxy = targets.gt_xyxy[:, :, None]
     margin = torch.cat((xy - gt_xyxy[..., :2], gt_xyxy[..., 2:] - xy), dim=-1).amin(dim=-1)
     is_claim = found.is_candidate & (found.iou >= found.threshold[..., None]) & (margin > MIN_CENTER_MARGIN)
-    owner = resolve_claims(found.index, is_claim, ordered_bits(found.iou), len(locations.level))
+    owner, _ = resolve_claims(found.index, is_claim, ordered_bits(found.iou), len(locations.level))
     return assigned_to(owner, found.threshold, locations, targets, pad_hw, num_classes)
 
 
@@ -109,9 +116,54 @@ def assign_fcos(locations: Locations, targets: Targets, pad_hw: Int[Tensor, "B 2
     is_in_range = ((reach >= MIN_REACH) | (level == 0)) & ((reach <= MAX_REACH) | (level == coarsest))
     is_claim = is_inside & targets.is_object[:, :, None, None] & (margin > 0) & is_in_range
     smallness = (INFINITY_BITS - ordered_bits(box_area(gt_xyxy))).expand_as(index)
-    owner = resolve_claims(index.flatten(2), is_claim.flatten(2), smallness.flatten(2), len(locations.level))
+    owner, _ = resolve_claims(index.flatten(2), is_claim.flatten(2), smallness.flatten(2), len(locations.level))
     threshold = candidates(locations, targets, pad_hw).threshold
     return assigned_to(owner, threshold, locations, targets, pad_hw, num_classes)
+
+
+@torch.no_grad()
+def assign_max_iou(locations: Locations, targets: Targets, pad_hw: Int[Tensor, "B 2"], num_classes: int) -> Assigned:
+    """Assign objects to locations as RetinaNet does: by the IoU of prior boxes.
+
+    A location answers for the object that its prior box overlaps best, if by 0.5 or more; among equals for the one of
+    lowest index. In any case an object takes all the locations whose prior boxes overlap it best, and equally, from
+    whatever other object; among several such objects the one of highest index has it. Of the other locations those that
+    overlap an object by 0.4 or more are ignored. The thresholds are those of ATSS.
+
+    Only a 15 x 15 window of each level's grid is looked at (see `OVERLAP_WINDOW`), so the cost does not depend on the
+    image size.
+
+    Args:
+        locations: The grid of the padded batch.
+        targets: Objects without crowds; crowds are background, as in the reference.
+        pad_hw: Height and width of each image padded to a multiple of 32 on its own; locations of cells beyond are
+            invalid.
+        num_classes: The label that means background.
+
+    Returns:
+        Assignments; all background where an image has no objects.
+
+    Source: RetinaNet (ICCV 2017, arXiv:1708.02002), 4.1; mmdet's assigner as its configuration sets it, for the rule of
+    the best overlap (`min_pos_iou=0`).
+
+    Differs from mmdet: an object that no prior box overlaps takes none, where it takes all of the image there; and of
+    equally good prior boxes those count that lie in the window, which only objects outgrow that are more than 11 times
+    as long as wide, or larger than 2,700 pixels.
+    """
+    cell, is_inside = grid_window(locations, targets.gt_xyxy, pad_hw, OVERLAP_WINDOW)
+    index = locations_of(cell.flatten(2), locations.num_priors).flatten(2)
+    is_pair = is_inside.flatten(2).repeat_interleave(locations.num_priors, dim=-1) & targets.is_object[..., None]
+    iou = box_iou(prior_boxes(locations)[index], targets.gt_xyxy[:, :, None]).where(is_pair, 0.0)
+    best = iou.amax(dim=-1, keepdim=True)
+    is_best = (iou == best) & (best > 0)
+    last_wins = ABOVE_ONE_BITS + torch.arange(iou.shape[1], device=iou.device)[:, None]
+    preference = last_wins.where(is_best, ordered_bits(iou))
+    claimant, won_by = resolve_claims(index, is_best | (iou >= BACKGROUND_IOU), preference, len(locations.level))
+    is_ignored = (claimant >= 0) & (won_by < POSITIVE_BITS)
+    owner = claimant.where(~is_ignored, -1)
+    threshold = candidates(locations, targets, pad_hw).threshold
+    assigned = assigned_to(owner, threshold, locations, targets, pad_hw, num_classes)
+    return replace(assigned, is_ignored=is_ignored)
 
 
 def assigned_to(
@@ -141,6 +193,7 @@ def assigned_to(
         gt_xyxy=gt_xyxy.gather(1, index[..., None].expand(-1, -1, 4)).where(is_positive[..., None], 0.0),
         is_positive=is_positive,
         is_valid=(corner[None] < pad_hw.flip(1)[:, None]).all(dim=-1),
+        is_ignored=torch.zeros_like(is_positive),
         threshold=threshold.where(targets.is_object, torch.inf),
     )
 
@@ -158,23 +211,26 @@ def nearest_locations(
 ) -> tuple[Int64[Tensor, "B G K"], Bool[Tensor, "B G K"]]:
     """Find the 9 valid locations of each level nearest to each object's centre.
 
-    Only an 11 x 11 window of each level's grid is looked at (see `WINDOW`), so the cost does not depend on the image
-    size.
+    Of cells with nine locations it is the nearest cell. Only an 11 x 11 window of each level's grid is looked at (see
+    `WINDOW`), so the cost does not depend on the image size.
 
     Returns:
         Location indices, and whether each is one: a level with fewer than 9 valid locations leaves some out.
     """
-    index, is_inside = grid_window(locations, gt_xyxy, pad_hw, WINDOW)
+    num_priors = locations.num_priors
+    cell, is_inside = grid_window(locations, gt_xyxy, pad_hw, WINDOW)
     center = ((gt_xyxy[..., :2] + gt_xyxy[..., 2:]) / 2)[:, :, None, None]
-    distance = (locations.xy[index] - center).square().sum(dim=-1).sqrt().where(is_inside, torch.inf)
-    best = ((ordered_bits(distance) << 32) - index).topk(NUM_CANDIDATES, dim=-1, largest=False).indices
-    return index.gather(-1, best).flatten(2), is_inside.gather(-1, best).flatten(2)
+    distance = (locations.xy[::num_priors][cell] - center).square().sum(dim=-1).sqrt().where(is_inside, torch.inf)
+    count = NUM_CANDIDATES // num_priors
+    best = ((ordered_bits(distance) << 32) - cell).topk(count, dim=-1, largest=False).indices
+    index = locations_of(cell.gather(-1, best).flatten(2), num_priors).flatten(2)
+    return index, is_inside.gather(-1, best).flatten(2).repeat_interleave(num_priors, dim=-1)
 
 
 def grid_window(
     locations: Locations, gt_xyxy: Float[Tensor, "B G 4"], pad_hw: Int[Tensor, "B 2"], size: int
 ) -> tuple[Int64[Tensor, "B G P K"], Bool[Tensor, "B G P K"]]:
-    """Return a square window of each level's grid around each object's centre.
+    """Return a square window of each level's cells around each object's centre.
 
     Args:
         locations: The grid of the padded batch.
@@ -183,7 +239,7 @@ def grid_window(
         size: Columns and rows of the window; it is moved to lie inside the image, which it may exceed still.
 
     Returns:
-        Location indices, 0 beyond the valid ones, and whether each is valid.
+        Cell indices, of which those of locations are multiples; 0 beyond the valid ones; and whether each is valid.
     """
     device = gt_xyxy.device
     level_hw, stride, first = level_table(locations.level_hw, locations.level_stride, device)
@@ -199,16 +255,6 @@ def grid_window(
         first[:, None, None] + index_yx[:, :, :, 0, :, None] * level_hw[:, 1, None, None] + index_yx[:, :, :, 1, None]
     )
     return index.flatten(3).where(is_inside_both, 0), is_inside_both
-
-
-@lru_cache(maxsize=1024)  # more than there are padded sizes; each costs a copy from the host
-def level_table(
-    level_hw: tuple[tuple[int, int], ...], level_stride: tuple[int, ...], device: torch.device
-) -> tuple[Int64[Tensor, "P 2"], Int64[Tensor, " P"], Int64[Tensor, " P"]]:
-    """Return rows and columns, stride and first location of each level. Shared between calls: not to be changed."""
-    sizes_hw = torch.tensor(level_hw)
-    count = sizes_hw.prod(dim=1)
-    return sizes_hw.to(device), torch.tensor(level_stride, device=device), (count.cumsum(0) - count).to(device)
 
 
 def ordered_bits(value: Float[Tensor, "*S"]) -> Int64[Tensor, "*S"]:
@@ -232,7 +278,7 @@ def resolve_claims(
     is_claim: Bool[Tensor, "B G K"],
     preference: Int64[Tensor, "B G K"],
     num_locations: int,
-) -> Int64[Tensor, "B A"]:
+) -> tuple[Int64[Tensor, "B A"], Int64[Tensor, "B A"]]:
     """Give each claimed location to the claimant of highest preference, among equals to the one of lowest index.
 
     Args:
@@ -242,14 +288,14 @@ def resolve_claims(
         num_locations: Of the grid.
 
     Returns:
-        The owner's index, -1 where unclaimed.
+        The owner's index, -1 where unclaimed, and its preference.
     """
     num_images, num_objects, _ = candidate.shape
     rank = num_objects - torch.arange(num_objects, device=candidate.device)[:, None].expand_as(candidate)
     key = ((preference << 32) + rank).where(is_claim, 0)
     best = key.new_zeros((num_images, num_locations))
     best = best.scatter_reduce(1, candidate.flatten(1), key.flatten(1), reduce="amax")
-    return (num_objects - (best & 0xFFFFFFFF)).where(best > 0, -1)
+    return (num_objects - (best & 0xFFFFFFFF)).where(best > 0, -1), best >> 32
 
 
 def pad_empty(targets: Targets) -> tuple[Float[Tensor, "B g 4"], Int[Tensor, "B g"]]:

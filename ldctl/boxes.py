@@ -1,12 +1,16 @@
 """Box formats, overlaps, the edge-distribution integral and the grid of locations."""
 
+from functools import lru_cache
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
+from torchvision.ops import batched_nms
 
 from ldctl.types import Locations
 
 EPS = 1e-6  # floor of every denominator, as in the reference
+SQUARE = ((8.0, 8.0),)  # width and height of the one prior box, strides. Source: GFL, ATSS
 PAD_MULTIPLE = 32  # images are padded to multiples: the coarsest stride that the backbone halves to
 
 
@@ -47,6 +51,32 @@ def enclosing_box(a_xyxy: Float[Tensor, "*#S 4"], b_xyxy: Float[Tensor, "*#S 4"]
     return torch.cat((top_left, bottom_right), dim=-1)
 
 
+def group_nms(
+    xyxy: Float[Tensor, "N 4"], score: Float[Tensor, " N"], group: Int[Tensor, " N"], threshold: float
+) -> Int[Tensor, " M"]:
+    """Return the rows, ascending, that stay when each box, best first, removes the worse ones of its group.
+
+    Of equal scores, the box that comes first is the better. In float64: torchvision lays groups side by side, and what
+    that rounds off a position in float32 can change which boxes stay.
+
+    Args:
+        xyxy: Boxes in any unit.
+        score: The higher the better.
+        group: Such as a class, or a class of an image, counted from 0.
+        threshold: A box removes those that overlap it by a higher IoU.
+    """
+    wide = xyxy.double()
+    if len(wide):
+        wide = wide - wide.amin()  # side by side only where nothing is negative
+    keep: Tensor = batched_nms(wide, score.double(), group, threshold)  # synchronises
+    return keep.sort().values
+
+
+def rank_in_group(group: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
+    """Return how many rows of the same group come before each; `group` ascends."""
+    return torch.arange(len(group), device=group.device) - torch.searchsorted(group, group)
+
+
 def center_penalty(a_xyxy: Float[Tensor, "*#S 4"], b_xyxy: Float[Tensor, "*#S 4"]) -> Float[Tensor, "*S"]:
     """Return squared centre distance over squared diagonal of the enclosing box, in [0, 1): the D of DIoU.
 
@@ -83,7 +113,11 @@ def expected_distance(edge: Float[Tensor, "*S R"]) -> Float[Tensor, "*S"]:
 
 
 def location_grid(
-    sizes_hw: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device, offset: float = 0.0
+    sizes_hw: tuple[tuple[int, int], ...],
+    strides: tuple[int, ...],
+    device: torch.device,
+    offset: float = 0.0,
+    prior_wh: tuple[tuple[float, float], ...] = SQUARE,
 ) -> Locations:
     """Lay out the locations of feature maps: column and row, plus an offset, times the stride.
 
@@ -92,6 +126,7 @@ def location_grid(
         strides: Pixels between neighbours, per level.
         device: Where the tensors live.
         offset: In strides; 0 is what ATSS and GFL use, 0.5 what FCOS does.
+        prior_wh: Width and height of each of a cell's prior boxes, strides.
     """
     xy, stride, level = [], [], []
     for index, ((height, width), step) in enumerate(zip(sizes_hw, strides, strict=True)):
@@ -100,9 +135,11 @@ def location_grid(
             torch.arange(width, device=device, dtype=torch.float32).add(offset) * step,
             indexing="ij",
         )
-        xy.append(torch.stack((x, y), dim=-1).reshape(-1, 2))
-        stride.append(torch.full((height * width,), float(step), device=device))
-        level.append(torch.full((height * width,), index, device=device))
+        cells = torch.stack((x, y), dim=-1).reshape(-1, 1, 2)
+        xy.append(cells.expand(-1, len(prior_wh), 2).reshape(-1, 2))
+        count = height * width * len(prior_wh)
+        stride.append(torch.full((count,), float(step), device=device))
+        level.append(torch.full((count,), index, device=device))
     return Locations(
         xy=torch.cat(xy),
         stride=torch.cat(stride),
@@ -110,17 +147,52 @@ def location_grid(
         level_hw=sizes_hw,
         level_stride=strides,
         offset=offset,
+        prior_wh=prior_wh,
     )
 
 
-def prior_boxes(locations: Locations, scale: float = 8.0) -> Float[Tensor, "A 4"]:
-    """Return the square of side `scale * stride` around each location, `xyxy` in pixels.
+@lru_cache(maxsize=1024)  # more than there are padded sizes; each costs a copy from the host
+def level_table(
+    level_hw: tuple[tuple[int, int], ...], level_stride: tuple[int, ...], device: torch.device
+) -> tuple[Int64[Tensor, "P 2"], Int64[Tensor, " P"], Int64[Tensor, " P"]]:
+    """Return rows and columns, stride and first cell of each level. Shared between calls: not to be changed."""
+    sizes_hw = torch.tensor(level_hw)
+    count = sizes_hw.prod(dim=1)
+    return sizes_hw.to(device), torch.tensor(level_stride, device=device), (count.cumsum(0) - count).to(device)
+
+
+def locations_of(cell: Int64[Tensor, "*S"], num_priors: int) -> Int64[Tensor, "*S K"]:
+    """Return the locations of each cell, which are next to each other."""
+    return cell[..., None] * num_priors + torch.arange(num_priors, device=cell.device)
+
+
+def prior_boxes(locations: Locations) -> Float[Tensor, "A 4"]:
+    """Return the prior box around each location, `xyxy` in pixels.
 
     The assigner compares these with the objects; nothing is regressed from them.
-
-    Args:
-        locations: The grid.
-        scale: Side in strides. Source: GFL and ATSS use 8.
     """
-    half = (scale / 2 * locations.stride).unsqueeze(-1)
+    half_wh = prior_table(locations.prior_wh, locations.xy.device) / 2
+    num_cells = len(locations.stride) // locations.num_priors
+    half = half_wh.repeat(num_cells, 1) * locations.stride.unsqueeze(-1)
     return torch.cat((locations.xy - half, locations.xy + half), dim=-1)
+
+
+@lru_cache  # each costs a copy from the host
+def prior_table(prior_wh: tuple[tuple[float, float], ...], device: torch.device) -> Float[Tensor, "_ 2"]:
+    """Return the sizes of a cell's prior boxes as a tensor. Shared between calls: not to be changed."""
+    return torch.tensor(prior_wh, dtype=torch.float32, device=device)
+
+
+def octave_priors() -> tuple[tuple[float, float], ...]:
+    """Return width and height, in strides, of RetinaNet's nine prior boxes: three sizes of each of three shapes.
+
+    Heights are 0.5, 1 and 2 times the widths; the areas of each shape are those of squares of side 4, 4 * 2^(1/3) and
+    4 * 2^(2/3).
+
+    Source: RetinaNet (ICCV 2017, arXiv:1708.02002), 4.1; in the order of mmdet's anchors, shape by shape, and computed
+    in single precision as they are, so that equal overlaps are equal here, too.
+    """
+    root = torch.tensor([0.5, 1.0, 2.0], device="cpu").sqrt()[:, None]
+    side = torch.tensor([4 * 2 ** (octave / 3) for octave in range(3)], device="cpu")
+    width, height = (1 / root) * side, root * side
+    return tuple(zip(width.flatten().tolist(), height.flatten().tolist(), strict=True))

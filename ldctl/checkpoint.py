@@ -1,10 +1,8 @@
 """Weights files and run states: safetensors with one JSON string, written whole or not at all, never a pickle."""
 
-import contextlib
 import difflib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from ldctl import __version__
 from ldctl.errors import CheckpointError, OutputError
+from ldctl.files import write_whole
 from ldctl.keys import key_faults
 from ldctl.schema import Spec
 
@@ -204,49 +203,10 @@ def check_new(path: Path) -> None:
         raise OutputError(f"{path}: exists already: pass another --output")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside `path`, flush to the disk, then rename: whatever happens, the old file is there or the new one.
-
-    Args:
-        path: Missing folders are made.
-        content: Of the whole file.
-
-    Raises:
-        OutputError: The place cannot be written to, or the disk is full.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise OutputError(f"{path}: cannot be written ({reason}): free some space or choose another place") from error
-    _sync_folder(path.parent)
-
-
 def _write(path: Path, tensors: Mapping[str, Tensor], texts: dict[str, str]) -> None:
     # Packing in memory keeps every system call in sight; no weights file here is large against memory.
     packed = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, texts)
     write_whole(path, packed)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename survive a power cut."""
-    with contextlib.suppress(OSError):  # not every file system can; the file itself is on the disk
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _read_text(path: Path, key: str, *, other: str) -> str:

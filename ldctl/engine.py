@@ -1,4 +1,4 @@
-"""The verbs: train a teacher, distil, evaluate, import, export."""
+"""The verbs: train a teacher, distil, export; and the specs of all."""
 
 import json
 import tomllib
@@ -14,7 +14,6 @@ from ldctl import checkpoint, distributed, toml
 from ldctl.assemble import (
     Setting,
     check_initial_weights,
-    choose_device,
     compare_classes,
     hire,
     in_teachers_order,
@@ -22,18 +21,18 @@ from ldctl.assemble import (
     look_at,
     make_job,
     note,
-    note_faults,
     open_data,
     read_annotations,
     start,
 )
 from ldctl.checkpoint import CheckpointMeta
-from ldctl.data import DataSpec, in_class_order, open_dataset
+from ldctl.data import DataSpec, open_dataset
 from ldctl.data.check import inspect
 from ldctl.data.synthetic import SyntheticSpec
-from ldctl.errors import DataError, ExportError, OutputError, SpecError
+from ldctl.errors import DataError, ExportError, SpecError
+from ldctl.evaluation import print_metrics
 from ldctl.export import OnnxExporter
-from ldctl.metrics import Metrics, metrics_table, per_class_table, read_coco_results, to_coco_results
+from ldctl.metrics import Metrics
 from ldctl.metrics import evaluate as evaluate_detections
 from ldctl.models.detector import Detector, ModelSpec
 from ldctl.predict import predict
@@ -55,7 +54,6 @@ from ldctl.types import Dataset
 
 SAME_AP = 0.001  # evaluations of the same weights on the same images differ less, whatever the device
 USELESS_AP = 0.01
-LEAST_WIDTH = 60  # columns of the tables: in fewer, rich leaves cells empty; a terminal wraps the lines
 
 S = TypeVar("S", TeacherSpec, DistillSpec, EvalSpec, ExportSpec)
 P = TypeVar("P", TeacherSpec, DistillSpec)
@@ -343,66 +341,7 @@ def check_heads(meta: CheckpointMeta, spec: DistillSpec, path: Path) -> None:
         raise SpecError(f"{path}: {fault}")
 
 
-def match_classes(meta: CheckpointMeta, dataset: Dataset, path: Path) -> Dataset:
-    """Return the data set with its classes in the detector's order.
-
-    Raises:
-        DataError: They are not the same classes; names what differs.
-    """
-    missing = [name for name in dataset.classes if name not in meta.classes]
-    extra = [name for name in meta.classes if name not in dataset.classes]
-    if not missing and not extra:
-        return in_class_order(dataset, meta.classes)
-    said = [f"it lacks {_list(missing)}"] * bool(missing) + [f"the data has no {_list(extra)}"] * bool(extra)
-    difference = ", ".join(said)
-    raise DataError(
-        f"{path}: knows {len(meta.classes)} classes, {dataset.name} has {len(dataset.classes)}: {difference}: "
-        "use a detector that was trained on these classes"
-    )
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-# --- evaluation and export ------------------------------------------------------------------------------------------
-
-
-def evaluate(
-    spec: EvalSpec, *, detections: Path | None = None, save_detections: Path | None = None, quiet: bool = False
-) -> Metrics:
-    """Evaluate a checkpoint, or detections that were saved before.
-
-    Args:
-        spec: Checkpoint, data, thresholds.
-        detections: COCO results to evaluate instead of running the detector.
-        save_detections: Where to write the detections as COCO results.
-        quiet: No progress display.
-    """
-    if save_detections and save_detections.exists():
-        raise OutputError(f"{save_detections}: exists already: pass another --save-detections")
-    device = choose_device(spec.device)
-    detector, meta = load_detector(Path(spec.checkpoint))
-    inspection = inspect(open_dataset(spec.data, "val"))
-    dataset = inspection.dataset
-    note_faults([str(fault) for fault in inspection.faults])
-    dataset = match_classes(meta, dataset, Path(spec.checkpoint))
-    if detections:
-        found = read_coco_results(detections, dataset)
-    else:
-        with Console(stderr=True, quiet=quiet).status("") as status:
-            found = predict(
-                detector.to(device),
-                dataset,
-                spec.data,
-                spec.postprocess,
-                batch_size=spec.batch,
-                device=device,
-                on_batch=lambda done, total: status.update(f"image {done} of {total}"),
-            )
-    if save_detections:
-        checkpoint.write_whole(save_detections, json.dumps(to_coco_results(dataset, found)).encode())
-    return evaluate_detections(dataset, found)
+# --- export ---------------------------------------------------------------------------------------------------------
 
 
 def export(spec: ExportSpec, target: Path | None) -> str:
@@ -466,14 +405,3 @@ def images_to_check(spec: ExportSpec) -> Dataset:
         note(f"{error}\nchecking the file on generated images instead")
     generated = DataSpec(format="synthetic", synthetic=SyntheticSpec(val=spec.images, size=320))
     return open_dataset(generated, "val")
-
-
-def print_metrics(results: Mapping[str, Metrics], *, per_class: bool = False) -> None:
-    """Print the figures of some detectors side by side on stdout."""
-    if not distributed.is_main():
-        return
-    console = Console()
-    console.width = max(console.width, LEAST_WIDTH)
-    console.print(metrics_table(results))
-    if per_class:
-        console.print(per_class_table(results))

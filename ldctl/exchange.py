@@ -11,6 +11,7 @@ from ldctl.assemble import load_detector
 from ldctl.checkpoint import CheckpointMeta
 from ldctl.data.names import COCO_CLASSES, VOC_CLASSES
 from ldctl.errors import CheckpointError, SpecError
+from ldctl.files import write_whole
 from ldctl.models.detector import Detector, ModelSpec
 from ldctl.models.resnet import ResNetSpec
 from ldctl.trainer import shapes
@@ -37,7 +38,12 @@ def import_teacher(source: Path, target: Path, classes: str | None) -> str:
     names = _class_names(classes, found.num_classes)
     values = {
         "backbone": {"depth": found.depth, "dcn": found.has_dcn},
-        "head": {"kind": found.kind, "reg_max": found.reg_max, "num_convs": found.num_convs},
+        "head": {
+            "kind": found.kind,
+            "reg_max": found.reg_max,
+            "num_convs": found.num_convs,
+            "norm": "group" if found.has_norm else "none",
+        },
         "channels": found.channels,
     }
     try:
@@ -104,7 +110,7 @@ def export_mmdet(source: Path, target: Path | None) -> str:
     state = mmdet.to_mmdet(detector.state_dict(), detector.spec.head.kind)
     packed = io.BytesIO()
     torch.save({"meta": {}, "state_dict": state}, packed)
-    checkpoint.write_whole(target, packed.getvalue())
+    write_whole(target, packed.getvalue())
     said = f"{target}: {len(state)} entries under mmdet's names"
     width = mmdet.stem_width(state)
     if width == mmdet.WIDTH:

@@ -1,4 +1,4 @@
-"""The detection losses: GFL's and GFLv2's, and those of heads that tell centerness."""
+"""The detection losses: GFL's and GFLv2's, those of heads that tell centerness, and RetinaNet's."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,13 +11,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ldctl.boxes import box_giou, box_iou, decode_ltrb, encode_ltrb, expected_distance
 from ldctl.distributed import reduce_mean, world_size
+from ldctl.fused import focal_cross_entropy
 from ldctl.schema import Spec
 from ldctl.types import Assigned, Dense, Locations, Normalizer, Where
 
 QFL_BETA = 2.0  # Source: GFL, table 1
 MAX_TARGET_SLACK = 0.1  # targets stop this short of reg_max, so that both neighbouring bins exist. Source: GFL's code
-
-
 FOCAL_GAMMA, FOCAL_ALPHA = 2.0, 0.25  # Source: RetinaNet (ICCV 2017, arXiv:1708.02002), table 1
 
 
@@ -26,7 +25,7 @@ class LossSpec(Spec):
 
     Attributes:
         qfl: Classes, of GFL and GFLv2.
-        focal: Classes, of ATSS and FCOS.
+        focal: Classes, of ATSS, FCOS and RetinaNet.
         giou: Boxes; FCOS itself has 1.
         dfl: Edge distributions, of GFL and GFLv2; 0 leaves it out.
         centerness: Of ATSS and FCOS.
@@ -59,38 +58,39 @@ class Positives:
 
 
 def quality_focal_loss(
-    logit: Float[Tensor, "*S"], target: Float[Tensor, "*S"], beta: float = QFL_BETA
-) -> Float[Tensor, "*S"]:
-    """Return the cross entropy with a soft target, scaled by how far the score is from it.
+    logit: Float[Tensor, "N C"], target: Float[Tensor, "N C"], weight: Float[Tensor, " N"]
+) -> Float[Tensor, ""]:
+    """Return the cross entropy with soft targets, scaled by how far each score is from its target, summed.
 
-    `|target - sigmoid(logit)|^beta * BCE(logit, target)`, with gradient through both factors.
+    `sum of weight * |target - sigmoid(logit)|^2 * BCE(logit, target)`.
 
     Args:
         logit: Class logits.
         target: In [0, 1]: the IoU of the predicted box for an object's class, else 0.
-        beta: How strongly good predictions are discounted.
+        weight: Of each row.
 
-    Normalized by: nothing; one value per element.
+    Normalized by: nothing.
 
     Source: GFL (NeurIPS 2020, arXiv:2006.04388), eq. 3.
     """
-    distance = (target - logit.sigmoid()).abs()
-    return binary_cross_entropy_with_logits(logit, target, reduction="none") * distance.pow(beta)
+    return focal_cross_entropy(logit, target, weight, beta=QFL_BETA)
 
 
-def focal_loss(logit: Float[Tensor, "*S"], target: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-    """Return the cross entropy, scaled by how far the score is from its target, and objects by less than background.
+def focal_loss(
+    logit: Float[Tensor, "N C"], target: Float[Tensor, "N C"], weight: Float[Tensor, " N"]
+) -> Float[Tensor, ""]:
+    """Return the cross entropy, scaled by how far each score is from its target, and objects by less than background.
 
     Args:
         logit: Class logits.
         target: 1 for an object's class, else 0.
+        weight: Of each row.
 
-    Normalized by: nothing; one value per element.
+    Normalized by: nothing; the sum over rows and classes.
 
     Source: RetinaNet (ICCV 2017, arXiv:1708.02002), eq. 5.
     """
-    balance = torch.where(target > 0, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
-    return balance * quality_focal_loss(logit, target, FOCAL_GAMMA)  # for such targets both have the same factor
+    return focal_cross_entropy(logit, target, weight, beta=FOCAL_GAMMA, alpha=FOCAL_ALPHA)
 
 
 def distribution_focal_loss(edge: Float[Tensor, "N 4 R"], target_ltrb: Float[Tensor, "N 4"]) -> Float[Tensor, " N"]:
@@ -142,7 +142,7 @@ def positive_count(assigned: Assigned) -> Int64[Tensor, ""]:
 
 
 def detection_losses(
-    spec: LossSpec, dense: Dense, assigned: Assigned, main: Where, norm: Normalizer
+    spec: LossSpec, dense: Dense, at_main: Dense, assigned: Assigned, main: Where, norm: Normalizer
 ) -> dict[str, Float[Tensor, ""]]:
     """Return `qfl`, `giou` and `dfl`, weighted and normalised; their sum trains a plain GFL or GFLv2 detector.
 
@@ -152,6 +152,7 @@ def detection_losses(
     Args:
         spec: Weights.
         dense: The detector's outputs.
+        at_main: Those at the positives.
         assigned: Targets of every location.
         main: The positives with their weights.
         norm: Divisors.
@@ -161,12 +162,12 @@ def detection_losses(
 
     Normalized by: `qfl` by the number of positives, `giou` and `dfl` by the sum of the positives' weights.
     """
-    found = positives(dense, assigned, main)
+    found = positives(at_main, assigned, main)
     quality = box_iou(found.pred_xyxy.detach(), found.gt_xyxy)
-    logit = dense.score_logit
-    per_class = quality_focal_loss(logit, class_targets(logit, assigned, main, quality))
+    logit = dense.score_logit.flatten(0, 1)
+    target = class_targets(logit, assigned, main, quality)
     losses = {
-        "qfl": spec.qfl * (per_class.sum(dim=-1) * assigned.is_valid).sum() / norm.num_positive,
+        "qfl": spec.qfl * quality_focal_loss(logit, target, validity(assigned)) / norm.num_positive,
         "giou": spec.giou * (giou_loss(found) * main.weight).sum() / norm.weight_sum,
     }
     if spec.dfl:
@@ -177,13 +178,14 @@ def detection_losses(
 
 
 def centerness_losses(
-    spec: LossSpec, dense: Dense, assigned: Assigned, central: Where, norm: Normalizer
+    spec: LossSpec, dense: Dense, at_main: Dense, assigned: Assigned, central: Where, norm: Normalizer
 ) -> dict[str, Float[Tensor, ""]]:
     """Return `focal`, `giou` and `centerness`, weighted and normalised; their sum trains a plain ATSS or FCOS detector.
 
     Args:
         spec: Weights.
         dense: The detector's outputs.
+        at_main: Those at the positives.
         assigned: Targets of every location.
         central: The positives, weighted by centerness; see `by_centerness`.
         norm: Divisors.
@@ -197,18 +199,57 @@ def centerness_losses(
     Source: ATSS (CVPR 2020, arXiv:1912.02424), released code. Differs from FCOS's: an image without positives counts
     as one positive.
     """
-    assert dense.quality is not None, "the head tells centerness"
-    logit = dense.cls.float()
-    one = torch.ones_like(central.weight)
-    per_class = focal_loss(logit, class_targets(logit, assigned, central, one))
-    told = dense.quality.float().flatten()[central.row]
+    assert at_main.quality is not None, "the head tells centerness"
+    told = at_main.quality.float().squeeze(0)
     per_row = binary_cross_entropy_with_logits(told, central.weight, reduction="none")
-    giou = giou_loss(positives(dense, assigned, central))
+    giou = giou_loss(positives(at_main, assigned, central))
     return {
-        "focal": spec.focal * (per_class.sum(dim=-1) * assigned.is_valid).sum() / norm.num_positive,
+        "focal": spec.focal * focal_sum(dense, assigned, central) / norm.num_positive,
         "giou": spec.giou * (giou * central.weight).sum() / norm.weight_sum,
         "centerness": spec.centerness * per_row.sum() / norm.num_positive,
     }
+
+
+def overlap_losses(
+    spec: LossSpec, dense: Dense, at_main: Dense, assigned: Assigned, main: Where, norm: Normalizer
+) -> dict[str, Float[Tensor, ""]]:
+    """Return `focal` and `giou`, weighted and normalised; their sum trains a plain RetinaNet detector.
+
+    Args:
+        spec: Weights.
+        dense: The detector's outputs.
+        at_main: Those at the positives.
+        assigned: Targets of every location.
+        main: The positives, which count alike whatever their weights.
+        norm: Divisors.
+
+    Returns:
+        Scalars >= 0. Without positives `giou` is 0 and still reaches every box parameter with a zero gradient.
+
+    Normalized by: the number of positives.
+
+    Source: RetinaNet (ICCV 2017, arXiv:1708.02002), with GIoU of the decoded boxes, as in LD's released code. Differs
+    from that: the number of positives is averaged over ranks, where it takes each rank's own.
+    """
+    return {
+        "focal": spec.focal * focal_sum(dense, assigned, main) / norm.num_positive,
+        "giou": spec.giou * giou_loss(positives(at_main, assigned, main)).sum() / norm.num_positive,
+    }
+
+
+def focal_sum(dense: Dense, assigned: Assigned, main: Where) -> Float[Tensor, ""]:
+    """Return the focal loss of all classes, summed over the locations that are positive or background.
+
+    Normalized by: nothing.
+    """
+    logit = dense.cls.float().flatten(0, 1)
+    target = class_targets(logit, assigned, main, torch.ones_like(main.weight))
+    return focal_loss(logit, target, validity(assigned))
+
+
+def validity(assigned: Assigned) -> Float[Tensor, " N"]:
+    """Return 1 for each location of each image that is positive or background, 0 for invalid and ignored ones."""
+    return (assigned.is_valid & ~assigned.is_ignored).flatten().float()
 
 
 def by_centerness(main: Where, assigned: Assigned, locations: Locations) -> Where:
@@ -220,20 +261,16 @@ def by_centerness(main: Where, assigned: Assigned, locations: Locations) -> Wher
 
     Source: FCOS (ICCV 2019, arXiv:1904.01355), eq. 3.
     """
-    assert isinstance(main.row, Tensor), "positives are picked"
-    xy = locations.xy[main.row % len(locations.level)]
+    xy = locations.xy[main.picked % len(locations.level)]
     ltrb = encode_ltrb(xy, assigned.gt_xyxy.flatten(0, 1)[main.row], xy.new_ones(len(xy)))
     near, far = torch.minimum(ltrb[:, :2], ltrb[:, 2:]), torch.maximum(ltrb[:, :2], ltrb[:, 2:])
     return replace(main, weight=(near / far).prod(dim=-1).sqrt())
 
 
-def positives(dense: Dense, assigned: Assigned, main: Where) -> Positives:
+def positives(at_main: Dense, assigned: Assigned, main: Where) -> Positives:
     """Pick what the box losses compare."""
-    assert isinstance(main.row, Tensor), "positives are picked"
-    edge = dense.edge.flatten(0, 1)[main.row]
-    location = main.row % assigned.label.shape[1]
-    stride = dense.locations.stride[location]
-    xy = dense.locations.xy[location] / stride[:, None]
+    edge, stride = at_main.edge.squeeze(0), at_main.locations.stride
+    xy = at_main.locations.xy / stride[:, None]
     gt_xyxy = assigned.gt_xyxy.flatten(0, 1)[main.row] / stride[:, None]
     pred_xyxy = decode_ltrb(xy, expected_distance(edge), torch.ones_like(stride))
     return Positives(edge, xy, pred_xyxy, gt_xyxy)
@@ -245,16 +282,16 @@ def giou_loss(boxes: Positives) -> Float[Tensor, " N"]:
 
 
 def class_targets(
-    logit: Float[Tensor, "B A C"], assigned: Assigned, main: Where, value: Float[Tensor, " N"]
-) -> Float[Tensor, "B A C"]:
+    logit: Float[Tensor, "M C"], assigned: Assigned, main: Where, value: Float[Tensor, " N"]
+) -> Float[Tensor, "M C"]:
     """Return the given value at the class of each positive's object, 0 elsewhere.
 
     Args:
-        logit: Whose targets these are.
+        logit: Whose targets these are, a row for each location of each image.
         assigned: Targets of every location.
         main: The positives.
         value: Of each positive.
     """
     target = torch.zeros_like(logit)
-    target.flatten(0, 1)[main.row, assigned.label.flatten()[main.row]] = value
+    target[main.row, assigned.label.flatten()[main.row]] = value
     return target

@@ -1,7 +1,5 @@
 """COCO average precision of plain detections, the COCO results format, and the tables that show both."""
 
-import contextlib
-import io
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -11,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from jaxtyping import Float, Float64
 from rich.table import Table
+from torch import Tensor
 
+from ldctl.curves import Boxes, Curves, Task, compare
 from ldctl.errors import DataError
-from ldctl.types import Dataset, Detections
+from ldctl.types import Dataset, Detections, Sample
 
 # Decimals of a pixel: corners in float32 do not give back the width that a file states; rounded to a
 # thousandth they do.
@@ -87,7 +85,7 @@ class Metrics:
 
 
 def evaluate(dataset: Dataset, detections: Sequence[Detections]) -> Metrics:
-    """Compare detections with the objects of a data set, by pycocotools.
+    """Compare detections with the objects of a data set, by COCO's rules.
 
     Crowds are neither objects to find nor false alarms to punish. An image without an entry counts as one where nothing
     was found. What is evaluated is what `to_coco_results` writes, so that a results file gives the same figures.
@@ -102,29 +100,64 @@ def evaluate(dataset: Dataset, detections: Sequence[Detections]) -> Metrics:
     Raises:
         ValueError: Two entries for one image, or an entry for an image that `dataset` does not hold.
     """
-    known = {sample.image_id for sample in dataset.samples}
-    given = [found.image_id for found in detections]
-    if len(given) != len(set(given)) or not known.issuperset(given):
-        raise ValueError("detections: two entries for one image, or an image that the data set does not hold")
-    results = [
-        # pycocotools takes id 0 for "no match".
-        result | {"id": index, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
-        for index, result in enumerate(to_coco_results(dataset, detections), start=1)
-    ]
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(_coco(dataset, _annotations(dataset)), _coco(dataset, results), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    figures = dict(zip(TITLES, map(_or_nan, evaluation.stats), strict=True))
-    # Axes: IoU threshold, recall, class (by ascending category id), area range (0: all), most detections (-1: 100).
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    position = {category: index for index, category in enumerate(evaluation.params.catIds)}
+    curves = compare(to_task(dataset, detections))
+    categories = sorted(dataset.category_id)
+    precision = curves.precision[..., 0, -1]
     per_class = {
-        name: _or_nan(precision[:, :, position[category]].mean())
+        name: mean_of_defined(precision[:, :, categories.index(category)])
         for name, category in zip(dataset.classes, dataset.category_id, strict=True)
     }
-    return Metrics(**figures, per_class=per_class)
+    return Metrics(**figures(curves), per_class=per_class)
+
+
+def to_task(dataset: Dataset, detections: Sequence[Detections]) -> Task:
+    """Lay out objects and detections as arrays.
+
+    Raises:
+        ValueError: Two entries for one image, or an entry for an image that `dataset` does not hold.
+    """
+    samples = list(dataset.samples)
+    image_index = {image_id: index for index, image_id in enumerate(sorted({sample.image_id for sample in samples}))}
+    given = [found.image_id for found in detections]
+    if len(given) != len(set(given)) or not image_index.keys() >= set(given):
+        raise ValueError("detections: two entries for one image, or an image that the data set does not hold")
+    category_index = np.argsort(np.argsort(dataset.category_id))
+
+    def boxes(entries: Sequence[Sample | Detections]) -> Boxes:
+        counts = [len(entry.label) for entry in entries]
+        label = _join([entry.label for entry in entries], np.zeros(0, dtype=np.int64))
+        return Boxes(
+            image=np.repeat(np.array([image_index[entry.image_id] for entry in entries], dtype=np.int64), counts),
+            category=category_index[label],
+            xywh=_xywh(_join([entry.xyxy for entry in entries], np.zeros((0, 4)))),
+        )
+
+    return Task(
+        num_images=len(image_index),
+        num_categories=len(dataset.category_id),
+        objects=boxes(samples),
+        area=_join([sample.area for sample in samples], np.zeros(0)),
+        is_crowd=_join([sample.is_crowd for sample in samples], np.zeros(0, dtype=np.bool_)),
+        found=boxes(detections),
+        score=_join([found.score for found in detections], np.zeros(0)),
+    )
+
+
+def figures(curves: Curves) -> dict[str, float]:
+    """Return the 12 figures of COCO's summary by name."""
+    precision, recall = curves.precision, curves.recall
+    areas, limits = {"small": 1, "medium": 2, "large": 3}, {1: 0, 10: 1, 100: 2}
+    parts = {"ap": precision[..., 0, -1], "ap50": precision[0, ..., 0, -1], "ap75": precision[5, ..., 0, -1]}
+    parts |= {f"ap_{name}": precision[..., area, -1] for name, area in areas.items()}
+    parts |= {f"ar{count}": recall[..., 0, limit] for count, limit in limits.items()}
+    parts |= {f"ar_{name}": recall[..., area, -1] for name, area in areas.items()}
+    return {name: mean_of_defined(part) for name, part in parts.items()}
+
+
+def mean_of_defined(values: Float64[np.ndarray, "*S"]) -> float:
+    """Return the mean of those values that are not -1; NaN where all are."""
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else math.nan
 
 
 def to_coco_results(dataset: Dataset, detections: Sequence[Detections]) -> list[dict[str, Any]]:
@@ -136,7 +169,7 @@ def to_coco_results(dataset: Dataset, detections: Sequence[Detections]) -> list[
     """
     results = []
     for found in detections:
-        xywh = _xywh(found.xyxy.double().cpu().numpy())
+        xywh = _xywh(found.xyxy.cpu().numpy()).tolist()
         for bbox, score, label in zip(xywh, found.score.tolist(), found.label.tolist(), strict=True):
             category = dataset.category_id[label]
             results.append({"image_id": found.image_id, "category_id": category, "bbox": bbox, "score": score})
@@ -194,45 +227,16 @@ def per_class_table(metrics: Mapping[str, Metrics]) -> Table:
     return table
 
 
-def _coco(dataset: Dataset, annotations: list[dict[str, Any]]) -> COCO:
-    """Build pycocotools' index of boxes in memory, without a file."""
-    coco = COCO()
-    coco.dataset = {
-        "images": [{"id": sample.image_id} for sample in dataset.samples],
-        "categories": [{"id": category} for category in dataset.category_id],
-        "annotations": annotations,
-    }
-    coco.createIndex()
-    return coco
+def _join(parts: Sequence[Tensor | np.ndarray], none: np.ndarray) -> np.ndarray:
+    """Return all parts in one array, of the type of an empty one."""
+    arrays = [part.cpu().numpy() if isinstance(part, Tensor) else part for part in parts]
+    return np.concatenate((none, *arrays), dtype=none.dtype)
 
 
-def _annotations(dataset: Dataset) -> list[dict[str, Any]]:
-    """Return the objects of a data set as COCO annotations."""
-    annotations: list[dict[str, Any]] = []
-    for sample in dataset.samples:
-        rows = zip(
-            _xywh(sample.xyxy), sample.label.tolist(), sample.area.tolist(), sample.is_crowd.tolist(), strict=True
-        )
-        for bbox, label, area, is_crowd in rows:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,  # pycocotools takes id 0 for "no match"
-                    "image_id": sample.image_id,
-                    "category_id": dataset.category_id[label],
-                    "bbox": bbox,
-                    "area": area,
-                    "iscrowd": int(is_crowd),
-                }
-            )
-    return annotations
-
-
-def _xywh(xyxy: Float[np.ndarray, "N 4"]) -> list[list[float]]:
+def _xywh(xyxy: Float[np.ndarray, "N 4"]) -> Float64[np.ndarray, "N 4"]:
     """Return left, top, width, height of every box, rounded to `DECIMALS`."""
     wide = xyxy.astype(np.float64)
-    xywh = np.concatenate((wide[:, :2], wide[:, 2:] - wide[:, :2]), axis=1)
-    rounded: list[list[float]] = xywh.round(DECIMALS).tolist()
-    return rounded
+    return np.concatenate((wide[:, :2], wide[:, 2:] - wide[:, :2]), axis=1).round(DECIMALS)
 
 
 def _result_fault(result: object, images: Collection[int], categories: Collection[int], name: str) -> str | None:
@@ -266,11 +270,6 @@ def _from_rows(image_id: int, rows: list[tuple[list[float], float, int]]) -> Det
         score=torch.tensor([row[1] for row in rows], dtype=torch.float64),
         label=torch.tensor([row[2] for row in rows], dtype=torch.int64),
     )
-
-
-def _or_nan(value: float) -> float:
-    """Return a plain float, NaN for pycocotools' -1."""
-    return math.nan if value == -1 else float(value)
 
 
 def _or_null(value: float) -> float | None:

@@ -1,6 +1,7 @@
 """Weights of dense detectors from and to mmdet 2 and 3, which name and shape them alike.
 
-Read and written are GFL, and what forks of mmdet have of its kind: GFLv2, and ATSS and FCOS with edge distributions.
+Read and written are GFL, and what forks of mmdet have of its kind: GFLv2, and ATSS, FCOS and RetinaNet with edge
+distributions.
 
 The backbone must be of mmdet's "pytorch" style, as in every GFL and LD configuration. A "caffe" backbone (FCOS
 configurations) has the same names and shapes, yet another stride placement and other input statistics: nothing in a
@@ -27,13 +28,15 @@ NUM_MAPS = 3  # backbone maps that the pyramid reads
 OFFSETS = 18  # x and y of each input of a deformable 3x3 convolution; its second version has a mask, too: 27
 BUILDERS = {18: resnet.resnet18, 34: resnet.resnet34, 50: resnet.resnet50, 101: resnet.resnet101}
 # Which head it is: what users call it, and our names of its output layers.
-NAMES = {"gfl": "GFL", "gflv2": "GFLv2", "atss": "ATSS", "fcos": "FCOS"}
+NAMES = {"gfl": "GFL", "gflv2": "GFLv2", "atss": "ATSS", "fcos": "FCOS", "retina": "RetinaNet"}
 OUTPUTS = {
     "gfl": {"gfl_cls": "cls", "gfl_reg": "edge"},
     "gflv2": {"gfl_cls": "cls", "gfl_reg": "edge", "reg_conf.0": "quality.0", "reg_conf.2": "quality.2"},
     "atss": {"atss_cls": "cls", "atss_reg": "edge", "atss_centerness": "quality"},
     "fcos": {"conv_cls": "cls", "conv_reg": "edge", "conv_centerness": "quality"},
+    "retina": {"atss_cls": "cls", "atss_reg": "edge"},
 }
+NUM_PRIORS = {"retina": 9}  # prior boxes at a cell; the other heads have one. Source: RetinaNet (arXiv:1708.02002), 4.1
 # Shapes of weights whose sizes are fixed. Source: GFLv2's configuration
 QUALITY_SHAPES = {"reg_conf.0": (64, 20, 1, 1), "reg_conf.2": (1, 64, 1, 1)}
 # GFLv2 has a channel for the background, which nothing reads: dropped on the way in, silent on the way out.
@@ -67,6 +70,7 @@ class Inferred:
         reg_max: Largest bin of an edge distribution.
         channels: Width of pyramid and head.
         num_convs: Layers of each tower.
+        has_norm: Group norm in those layers, and not a bias.
         has_dcn: Deformable convolutions in the last three stages of the backbone.
     """
 
@@ -76,6 +80,7 @@ class Inferred:
     reg_max: int
     channels: int
     num_convs: int
+    has_norm: bool
     has_dcn: bool
 
 
@@ -140,7 +145,10 @@ def infer_mmdet(state: Mapping[str, Tensor], path: Path) -> Inferred:
         )
     names = [f"bbox_head.{name}.weight" for name in OUTPUTS[kind]][:2]
     cls, edge = (state[name] for name in names)
-    if cls.ndim != 4 or edge.ndim != 4 or edge.shape[0] % 4 or edge.shape[0] < 8:
+    num_priors = NUM_PRIORS.get(kind, 1)
+    num_edges = 4 * num_priors
+    has_bins = edge.ndim == 4 and edge.shape[0] % num_edges == 0 and edge.shape[0] >= 2 * num_edges
+    if cls.ndim != 4 or cls.shape[0] % num_priors or not has_bins:
         raise CheckpointError(
             f"{path}: {names[0]} {list(cls.shape)} and {names[1]} {list(edge.shape)} are "
             f"no output layers of {NAMES[kind]}: import a GFL detector"
@@ -148,10 +156,11 @@ def infer_mmdet(state: Mapping[str, Tensor], path: Path) -> Inferred:
     return Inferred(
         kind=kind,
         depth=depth,
-        num_classes=cls.shape[0] - (kind == "gflv2"),
-        reg_max=edge.shape[0] // 4 - 1,
+        num_classes=cls.shape[0] // num_priors - (kind == "gflv2"),
+        reg_max=edge.shape[0] // num_edges - 1,
         channels=cls.shape[1],
         num_convs=_count(state, "bbox_head.cls_convs."),
+        has_norm="bbox_head.cls_convs.0.gn.weight" in state or "bbox_head.cls_convs.0.conv.bias" not in state,
         has_dcn=any(name.startswith("backbone.") and ".conv_offset." in name for name in state),
     )
 
@@ -171,7 +180,7 @@ def from_mmdet(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     if faults:
         raise CheckpointError(f"{path}: {faults}")
     _check_values(state, path)
-    names = _names(inferred.kind, inferred.num_convs)
+    names = _names(inferred.kind, inferred.num_convs, has_norm=inferred.has_norm)
     tensors = {
         names.get(name, name): value.float() if value.is_floating_point() else value
         for name, value in state.items()
@@ -202,22 +211,28 @@ def to_mmdet(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
             "head.cls.bias": torch.cat((bias, torch.full_like(bias[:1], BACKGROUND_BIAS))),
         }
         tensors = {**tensors, **background}
-    names = {ours: theirs for theirs, ours in _names(kind, _count(tensors, "head.cls_tower.")).items()}
-    num_bins = tensors["head.edge.weight"].shape[0] // 4
+    has_norm = "head.cls_tower.0.norm.weight" in tensors
+    names = _names(kind, _count(tensors, "head.cls_tower."), has_norm=has_norm)
+    names = {ours: theirs for theirs, ours in names.items()}
+    num_bins = tensors["head.edge.weight"].shape[0] // (4 * NUM_PRIORS.get(kind, 1))
     state = {names.get(name, name): value for name, value in tensors.items()}
     return state | {PROJECT: torch.arange(num_bins, dtype=torch.float32)}
 
 
-def _names(kind: str, num_convs: int) -> dict[str, str]:
+def _names(kind: str, num_convs: int, *, has_norm: bool) -> dict[str, str]:
     """Map mmdet's names of pyramid and head to ours; the backbone's are the same."""
     modules = {f"neck.lateral_convs.{i}.conv": f"fpn.lateral.{i}" for i in range(NUM_MAPS)}
     modules |= {f"neck.fpn_convs.{i}.conv": f"fpn.output.{i}" for i in range(NUM_LEVELS)}
     modules |= {f"bbox_head.{theirs}": f"head.{ours}" for theirs, ours in OUTPUTS[kind].items()}
-    names = {f"bbox_head.scales.{i}.scale": f"head.scales.{i}" for i in range(NUM_LEVELS)}
+    num_scales = 0 if kind == "retina" else NUM_LEVELS
+    names = {f"bbox_head.scales.{i}.scale": f"head.scales.{i}" for i in range(num_scales)}
     for i in range(num_convs):
         for theirs, ours in (("cls_convs", "cls_tower"), ("reg_convs", "edge_tower")):
-            names[f"bbox_head.{theirs}.{i}.conv.weight"] = f"head.{ours}.{i}.conv.weight"
-            modules[f"bbox_head.{theirs}.{i}.gn"] = f"head.{ours}.{i}.norm"
+            if has_norm:
+                names[f"bbox_head.{theirs}.{i}.conv.weight"] = f"head.{ours}.{i}.conv.weight"
+                modules[f"bbox_head.{theirs}.{i}.gn"] = f"head.{ours}.{i}.norm"
+            else:
+                modules[f"bbox_head.{theirs}.{i}.conv"] = f"head.{ours}.{i}.conv"
     for theirs, ours in modules.items():
         names |= {f"{theirs}.{part}": f"{ours}.{part}" for part in ("weight", "bias")}
     return names
@@ -234,7 +249,7 @@ def _expected(inferred: Inferred) -> dict[str, tuple[int, ...]]:
             prefix = name.removesuffix("weight") + "conv_offset."
             shapes |= {f"{prefix}weight": (OFFSETS, *shapes[name][1:]), f"{prefix}bias": (OFFSETS,)}
     channels, last = inferred.channels, backbone["fc.weight"].shape[1]
-    for name in _names(inferred.kind, inferred.num_convs):
+    for name in _names(inferred.kind, inferred.num_convs, has_norm=inferred.has_norm):
         if name.endswith(".scale"):
             shapes[name] = ()
         elif name.endswith(("gn.weight", "bias")):
@@ -243,8 +258,11 @@ def _expected(inferred: Inferred) -> dict[str, tuple[int, ...]]:
             shapes[name] = (channels, channels, 3, 3)
     for i in range(NUM_MAPS):
         shapes[f"neck.lateral_convs.{i}.conv.weight"] = (channels, last >> (NUM_MAPS - 1 - i), 1, 1)
-    num_bins = inferred.reg_max + 1
-    outputs = {"cls": inferred.num_classes + (inferred.kind == "gflv2"), "edge": 4 * num_bins, "quality": 1}
+    if inferred.kind == "retina":  # the map of stride 64 is made from the backbone's
+        shapes[f"neck.fpn_convs.{NUM_MAPS}.conv.weight"] = (channels, last, 3, 3)
+    num_priors, num_bins = NUM_PRIORS.get(inferred.kind, 1), inferred.reg_max + 1
+    num_scores = inferred.num_classes + (inferred.kind == "gflv2")
+    outputs = {"cls": num_priors * num_scores, "edge": num_priors * 4 * num_bins, "quality": 1}
     for layer, ours in OUTPUTS[inferred.kind].items():
         shape = QUALITY_SHAPES.get(layer) or (outputs[ours], channels, 3, 3)
         shapes[f"bbox_head.{layer}.weight"] = shape
@@ -272,22 +290,28 @@ def _refuse_kin(state: Mapping[str, Tensor], path: Path) -> None:
 
 def _kind(state: Mapping[str, Tensor], path: Path) -> str:
     """Return which head it is, by the names of its output layers."""
-    telling = {"gflv2": "reg_conf", "atss": "atss_centerness", "fcos": "conv_centerness"}
+    telling = {"gflv2": "reg_conf", "atss": "atss_centerness", "fcos": "conv_centerness", "retina": "atss_cls"}
     found = (kind for kind, layer in telling.items() if any(name.startswith(f"bbox_head.{layer}.") for name in state))
     kind = next(found, "gfl")
+    _refuse_plain_boxes(state, path, "bbox_head.retina_reg.weight", "retina")  # as it is called in mmdet itself
     wanted = [f"bbox_head.{layer}.weight" for layer in OUTPUTS[kind]][:2]
     if missing := [name for name in wanted if name not in state]:
         *others, last = NAMES.values()
         raise CheckpointError(
             f"{path}: no {missing[0]}: not a detector of mmdet with a head of {', '.join(others)} or {last}: import one"
         )
-    if state[wanted[1]].shape[0] == 4:
+    _refuse_plain_boxes(state, path, wanted[1], kind)
+    return kind
+
+
+def _refuse_plain_boxes(state: Mapping[str, Tensor], path: Path, name: str, kind: str) -> None:
+    """Refuse an output layer with one number for each edge, as the published heads have that GFL's kin are made of."""
+    if name in state and state[name].shape[:1] == (4 * NUM_PRIORS.get(kind, 1),):
         raise CheckpointError(
-            f"{path}: {wanted[1]} has 4 channels: the head predicts boxes without edge distributions, which "
-            "localization distillation is about: import one that has them, or train it: "
+            f"{path}: {name} has {state[name].shape[0]} channels: the head predicts boxes without edge distributions, "
+            "which localization distillation is about: import one that has them, or train it: "
             f"ldctl teacher train --set model.head.kind={kind}"
         )
-    return kind
 
 
 def _check_values(state: Mapping[str, Tensor], path: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from ldctl.boxes import location_grid
 from ldctl.types import Assigned, Dense, Locations, Pair, TowerMaps
 
 
@@ -57,16 +58,17 @@ def share_levels(pair: Pair, shift: int) -> Pair:
         shift: By how many levels.
 
     Returns:
-        Both at the student's locations, but for the offset of either's own.
+        Both at the student's cells, in the locations of either's own.
     """
     if shift == 0:
         return pair
     own, other = partners(shift, len(pair.student.locations.level_hw))
     locations = _locations_of(pair.student.locations, own)
-    offset = pair.teacher.locations.offset
-    xy = locations.xy + (offset - locations.offset) * locations.stride[:, None]
-    theirs = replace(locations, xy=xy, offset=offset)
-    assert pair.teacher.locations.level_hw[other] == locations.level_hw, "as many locations on each level"
+    seen = pair.teacher.locations
+    theirs = location_grid(
+        locations.level_hw, locations.level_stride, locations.xy.device, offset=seen.offset, prior_wh=seen.prior_wh
+    )
+    assert seen.level_hw[other] == locations.level_hw, "as many cells on each level"
     return Pair(
         student=_levels(pair.student, own, locations),
         teacher=_levels(pair.teacher, other, theirs),
@@ -89,6 +91,7 @@ def share_assigned(assigned: Assigned, locations: Locations, shift: int) -> Assi
         gt_xyxy=assigned.gt_xyxy[:, rows],
         is_positive=assigned.is_positive[:, rows],
         is_valid=assigned.is_valid[:, rows],
+        is_ignored=assigned.is_ignored[:, rows],
     )
 
 
@@ -138,6 +141,7 @@ def _locations_of(locations: Locations, levels: slice) -> Locations:
         level_hw=locations.level_hw[levels],
         level_stride=locations.level_stride[levels],
         offset=locations.offset,
+        prior_wh=locations.prior_wh,
     )
 
 

@@ -1,6 +1,6 @@
 """Run a detector over a data set."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 
 import torch
@@ -11,6 +11,13 @@ from ldctl.data import DataSpec
 from ldctl.data.loader import eval_batches
 from ldctl.models.detector import Detector, PostprocessSpec, detect
 from ldctl.types import Batch, Dataset, Detections, Scaled, Targets
+
+
+@torch.no_grad()
+def find(detector: Detector, batch: Batch, postprocess: PostprocessSpec) -> list[Detections]:
+    """Return the detections of a batch that is on the detector's device, on the CPU."""
+    dense = detector(detector.normalize(batch.images, batch.size_hw))
+    return detect(dense, batch.size_hw, batch.original_hw, batch.image_id, postprocess)
 
 
 def predict(
@@ -44,22 +51,46 @@ def predict(
     total = len(dataset.samples)
     on_batch(0, total)
     batches = eval_batches(dataset, data, batch_size=batch_size, rank=rank, world_size=world_size)
-    with torch.no_grad(), closing(batches):
+    with closing(batches):
         for batch in batches:
-            moved = to_device(batch, device)
-            dense = detector(detector.normalize(moved.images, moved.size_hw))
-            detections = detect(dense, moved.size_hw, moved.original_hw, moved.image_id, postprocess)
-            found += [Detections(one.image_id, one.xyxy.cpu(), one.score.cpu(), one.label.cpu()) for one in detections]
+            found += find(detector, to_device(batch, device), postprocess)
             on_batch(min(len(found) * world_size, total), total)
     detector.train(was_training)
     return distributed.gather(found)
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch on a device; copies overlap with computing where the loader pins memory."""
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield the batches on a device.
+
+    A GPU copies on a stream of its own: it is still busy with the last batch when the host asks for the next, and does
+    both at once.
+    """
+    if device.type != "cuda":
+        yield from (to_device(batch, device) for batch in batches)
+        return
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    for batch in batches:
+        user = torch.cuda.current_stream(device)
+        with torch.cuda.stream(copying):
+            moved = to_device(batch, device, user)
+        user.wait_stream(copying)
+        yield moved
+
+
+def to_device(batch: Batch, device: torch.device, user: torch.cuda.Stream | None = None) -> Batch:
+    """Return the batch on a device; the host does not wait for the copies where the loader pins memory.
+
+    Args:
+        batch: Anywhere.
+        device: Where it is wanted.
+        user: Which stream will compute with it, if not the current one: its memory is not given away before that has.
+    """
 
     def move(value: Tensor) -> Tensor:
-        return value.to(device, non_blocking=True)
+        moved = value.to(device, non_blocking=True)
+        if user is not None:
+            moved.record_stream(user)
+        return moved
 
     targets = Targets(*(move(value) for value in vars(batch.targets).values()))
     other = batch.for_teacher and Scaled(move(batch.for_teacher.images), move(batch.for_teacher.size_hw))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from ldctl import distributed, toml
-from ldctl.checkpoint import write_whole
 from ldctl.errors import OutputError, SpecError
+from ldctl.files import write_whole
 from ldctl.spec import AUTO, RunSpec, TrainSpec
 from ldctl.toml_text import literal
 

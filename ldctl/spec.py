@@ -2,7 +2,7 @@
 
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -12,10 +12,11 @@ from pydantic import Field, field_validator, model_validator
 from ldctl import toml
 from ldctl.classes import ClassMatch
 from ldctl.data import SMALLEST_SIDE, DataSpec
-from ldctl.distill import CWD, KD, LD, PKD, BinaryKD, CrossKDBox, CrossKDClass, Imitation, Term
+from ldctl.distill import CWD, KD, LD, PKD, BCKDBox, BinaryKD, CrossKDBox, CrossKDClass, Imitation, Term
 from ldctl.errors import SpecError
 from ldctl.losses import LossSpec
 from ldctl.models.detector import ModelSpec, PostprocessSpec
+from ldctl.models.heads import HeadSpec
 from ldctl.optim import EmaSpec, OptimSpec, ScheduleSpec
 from ldctl.regions import RegionSpec
 from ldctl.schema import Spec
@@ -30,6 +31,27 @@ def is_class_free(term: Term) -> bool:
     if isinstance(term, CWD):
         return term.on == "features"
     return isinstance(term, LD | PKD) or (isinstance(term, Imitation) and term.region != "gi")
+
+
+def without_pairs(term: Term) -> Term:
+    """Return the term if it does not compare student and teacher location by location, else the nearest that does not.
+
+    Detectors whose maps have different numbers of locations in a cell can only be compared by such terms.
+    """
+    match term:
+        case LD() | BCKDBox():
+            return CrossKDBox()
+        case KD() | BinaryKD() | CWD(on="cls"):
+            return CrossKDClass()
+        case Imitation(region="gi"):
+            return term.model_copy(update={"region": "finegrained"})
+        case _:
+            return term
+
+
+def in_toml(terms: Iterable[Term]) -> str:
+    """Return terms as `--set distill.terms=` takes them, without their defaults."""
+    return literal([{"kind": term.kind, **term.model_dump(exclude_defaults=True)} for term in terms])
 
 
 class TrainSpec(Spec):
@@ -148,6 +170,26 @@ class DistillationSpec(RegionSpec):
         """Return whether a term compares the student's own edge distributions with the teacher's, bin by bin."""
         return any(isinstance(term, LD) for term in self.terms)
 
+    def fault_of_pairs(self, heads: Mapping[str, HeadSpec]) -> str | None:
+        """Return which terms compare location by location where heads have different numbers of them; none if none do.
+
+        Args:
+            heads: By whose they are; the first to teach comes first.
+        """
+        paired = [literal(term.kind) for term in self.terms if without_pairs(term) is not term]
+        first, wanted = next(iter(heads.items()))
+        other = next((name for name, head in heads.items() if len(head.prior_wh) != len(wanted.prior_wh)), None)
+        if not paired or other is None:
+            return None
+        key = "assistant.model" if other == "assistant" else other
+        nearest = {term.name: term for term in map(without_pairs, self.terms)}
+        return (
+            f'the {first} has a head "{wanted.kind}", the {other} "{heads[other].kind}", and "retina" tells nine boxes '
+            f"where the others tell one, so that {', '.join(dict.fromkeys(paired))} cannot pair them: "
+            f"pass --set {key}.head.kind={wanted.kind}, or the nearest terms that work: "
+            f"--set 'distill.terms={in_toml(nearest.values())}'"
+        )
+
     def check_classes(self, match: ClassMatch) -> None:
         """Refuse terms on classes where none is shared, and a softmax over a single one, which would always be zero.
 
@@ -157,13 +199,12 @@ class DistillationSpec(RegionSpec):
         for index, term in enumerate(self.terms):
             if not match.pairs and not is_class_free(term):
                 left = [other for other in self.terms if is_class_free(other)] or [LD()]
-                terms = literal([{"kind": other.kind, **other.model_dump(exclude_defaults=True)} for other in left])
                 raise SpecError(
                     f'distill.terms.{index}: "{term.kind}" compares class scores, but the teacher knows none of the '
                     f"data's classes (the data has {', '.join(match.student)}; "
                     f"the teacher {', '.join(match.teacher)}): "
                     f"say which are the same with --set 'teacher.classes={{{literal(match.student[0])}=\"...\"}}', or "
-                    f"keep to terms that do not look at classes with --set 'distill.terms={terms}'"
+                    f"keep to terms that do not look at classes with --set 'distill.terms={in_toml(left)}'"
                 )
             if len(match.pairs) == 1 and isinstance(term, KD):
                 raise SpecError(
@@ -305,7 +346,7 @@ class DistillSpec(RunSpec):
                 "it out"
             )
         is_scored = any(isinstance(term, BinaryKD) for term in self.distill.terms)
-        if self.data.unlabelled_only and self.student.head.kind != "gfl" and not is_scored:
+        if self.data.unlabelled_only and self.student.head.has_quality and not is_scored:
             raise ValueError(
                 f'without annotations the quality of a "{self.student.head.kind}" head learns from "binary_kd" alone, '
                 'which is not among distill.terms: add it, or take student.head.kind "gfl"'
@@ -338,6 +379,8 @@ class DistillSpec(RunSpec):
         models = {"teacher": teacher, "assistant": assistant, "student": self.student}
         heads = {name: model.head for name, model in models.items() if model is not None}
         first, wanted = next(iter(heads.items()))
+        if fault := self.distill.fault_of_pairs(heads):
+            return fault
         for name, head in heads.items() if self.distill.compares_edges else ():
             key = "assistant.model" if name == "assistant" else name
             if head.reg_max != wanted.reg_max:

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ldctl.assign import assign, assign_fcos
-from ldctl.boxes import PAD_MULTIPLE, location_grid
+from ldctl.assign import assign, assign_fcos, assign_max_iou
+from ldctl.boxes import PAD_MULTIPLE
+from ldctl.distill import PredictionTerm
 from ldctl.distill.crosskd import aligned_towers
 from ldctl.distributed import reduce_mean, world_size
 from ldctl.losses import (
@@ -18,6 +19,7 @@ from ldctl.losses import (
     centerness_losses,
     detection_losses,
     normalizer,
+    overlap_losses,
     positive_count,
 )
 from ldctl.models.detector import Detector, PostprocessSpec
@@ -31,9 +33,13 @@ from ldctl.pairing import (
     share_classes,
     share_levels,
 )
-from ldctl.regions import main_region, region
+from ldctl.regions import DRAWN, Region, RegionSpec, draw, main_region, region
 from ldctl.spec import DistillationSpec
 from ldctl.types import Assigned, Batch, Dense, Locations, Normalizer, Pair, Scaled, Targets, Where
+
+# What other kinds of heads have in the place of GFL's: the rule of assignment, and the losses.
+RULES = {"fcos": assign_fcos, "retina": assign_max_iou}
+OWN_LOSSES = {"atss": centerness_losses, "fcos": centerness_losses, "retina": overlap_losses}
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,11 @@ class Teaching:
         """Return how many levels coarser the teacher's pyramid level is that matches one of the student's."""
         return round(math.log2(self.scale))
 
+    @property
+    def changes_lesson(self) -> bool:
+        """Return whether the terms look at other objects or levels than the detection losses do."""
+        return self.level_shift != 0 or self.pseudo is not None
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -70,15 +81,26 @@ class Lesson:
         pair: What student and teacher say.
         targets: The objects; in unlabelled images those that the teacher finds.
         assigned: Which location answers for which object.
-        main: The locations that answer for one.
         norm: What losses are divided by.
     """
 
     pair: Pair
     targets: Targets
     assigned: Assigned
-    main: Where
     norm: Normalizer
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Regions that the objects decide, and what a detector says there.
+
+    Attributes:
+        where: The regions.
+        at: The predictions in those of them in which predictions are compared.
+    """
+
+    where: dict[Region, Where]
+    at: dict[Region, Dense]
 
 
 class Learner(nn.Module):
@@ -137,27 +159,69 @@ def training_losses(
     with autocast:
         dense = learner(detector.normalize(batch.images, batch.size_hw))
     assigned = assign_labelled(detector, dense.locations, batch)
-    main = main_region(dense, assigned)  # synchronises: number of positives
+    seen = look(dense, teaching if teaching and not teaching.changes_lesson else None, assigned, batch.targets)
+    main, at_main = seen.where["main"], seen.at["main"]
     has_centerness = detector.spec.head.has_centerness
     boxes = by_centerness(main, assigned, dense.locations) if has_centerness else main
     norm = normalizer(teaching.spec.normalize if teaching else "synced", assigned, boxes, parts=parts)
     if num_positive is not None:
         norm = replace(norm, num_positive=num_positive)
-    own_losses = centerness_losses if has_centerness else detection_losses
-    named = own_losses(losses, dense, assigned, boxes, norm)
+    own_losses = OWN_LOSSES.get(detector.spec.head.kind, detection_losses)
+    named = own_losses(losses, dense, at_main, assigned, boxes, norm)
     if teaching is None:
         return named
 
     with autocast:
         pair = compare(teaching, seen_by_teacher(teaching, batch), dense)
-    lesson = Lesson(pair, batch.targets, assigned, main, norm)
-    lesson = made_comparable(lesson, detector, teaching, batch, parts=parts)
-    where: dict[str, Where] = {"main": lesson.main}
-    pair = share_classes(lesson.pair, teaching.shared)
-    for name in sorted({term.region for term in teaching.spec.terms} - {"main"}):
-        # synchronises, but for "all"
+    lesson = Lesson(pair, batch.targets, assigned, norm)
+    if teaching.changes_lesson:
+        lesson = made_comparable(lesson, detector, teaching, batch, parts=parts)
+        seen = look(lesson.pair.student, teaching, lesson.assigned, lesson.targets)
+    return named | distillation_losses(teaching, lesson, seen)
+
+
+def look(dense: Dense, teaching: Teaching | None, assigned: Assigned, targets: Targets) -> Seen:
+    """Draw the main region and those of a teacher's terms, and gather the predictions there; see `draw`.
+
+    Args:
+        dense: The student's predictions.
+        teaching: Whose terms to look for; none looks at the main region alone.
+        assigned: Which location answers for which object.
+        targets: The objects.
+    """
+    terms = teaching.spec.terms if teaching else ()
+    asked = {"main", *(term.region for term in terms)}
+    compared = {"main", *(term.region for term in terms if isinstance(term, PredictionTerm))}
+    spec = teaching.spec if teaching else RegionSpec()
+    where = draw([name for name in DRAWN if name in asked], spec, dense, assigned, targets)
+    gathered = {name: region.picked for name, region in where.items() if name in compared}
+    return Seen(where, dict(zip(gathered, dense.at(list(gathered.values())), strict=True)))
+
+
+def distillation_losses(teaching: Teaching, lesson: Lesson, seen: Seen) -> dict[str, Float[Tensor, ""]]:
+    """Return the loss of each term by name.
+
+    Args:
+        teaching: The terms.
+        lesson: What they look at.
+        seen: The regions that the objects decide, and the student's predictions there.
+    """
+    asked = {term.region for term in teaching.spec.terms if isinstance(term, PredictionTerm)}
+    own = {name: at for name, at in seen.at.items() if name in asked}  # elsewhere the teacher's locations may be others
+    theirs = lesson.pair.teacher.at([seen.where[name].picked for name in own]) if own else []
+    pairs = zip(own, own.values(), theirs, strict=True)
+    pair_at = {name: share_classes(Pair(student, teacher), teaching.shared) for name, student, teacher in pairs}
+    pair, where = share_classes(lesson.pair, teaching.shared), dict(seen.where)
+    for name in sorted({term.region for term in teaching.spec.terms} - where.keys()):
         where[name] = region(name, teaching.spec, pair, lesson.assigned, lesson.targets)
-    return named | {term.name: term(pair, where[term.region], lesson.norm) for term in teaching.spec.terms}
+    losses = {}
+    for term in teaching.spec.terms:
+        if isinstance(term, PredictionTerm) and term.region in pair_at:
+            gathered = replace(where[term.region], row=slice(None))
+            losses[term.name] = term(pair_at[term.region], gathered, lesson.norm)
+        else:
+            losses[term.name] = term(pair, where[term.region], lesson.norm)
+    return losses
 
 
 def seen_by_teacher(teaching: Teaching, batch: Batch) -> Float[Tensor, "B 3 h w"]:
@@ -188,7 +252,7 @@ def compare(teaching: Teaching, images: Float[Tensor, "B 3 H W"], student: Dense
 
 def assign_by_head(detector: Detector, locations: Locations, targets: Targets, batch: Batch) -> Assigned:
     """Assign objects to locations by the rule of the detector's head."""
-    rule = assign_fcos if detector.spec.head.kind == "fcos" else assign
+    rule = RULES.get(detector.spec.head.kind, assign)
     return rule(locations, targets, padded_hw(batch.size_hw), detector.num_classes)
 
 
@@ -203,7 +267,7 @@ def made_comparable(lesson: Lesson, detector: Detector, teaching: Teaching, batc
     if batch.is_labelled is not None:
         lesson = with_pseudo_objects(lesson, detector, teaching, batch, batch.is_labelled, parts=parts)  # synchronises
     if teaching.level_shift:
-        lesson = on_shared_levels(lesson, teaching.level_shift)  # synchronises
+        lesson = on_shared_levels(lesson, teaching.level_shift)
     return lesson
 
 
@@ -237,17 +301,15 @@ def with_pseudo_objects(
         is_object=torch.cat((lesson.targets.is_object, found.is_object), dim=1),
     )
     assigned = assign_by_head(detector, student.locations, targets, batch)
-    main = main_region(student, assigned)
-    norm = normalizer(lesson.norm.kind, assigned, main, parts=parts)
-    return Lesson(lesson.pair, targets, assigned, main, norm)
+    norm = normalizer(lesson.norm.kind, assigned, main_region(student, assigned), parts=parts)
+    return Lesson(lesson.pair, targets, assigned, norm)
 
 
 def on_shared_levels(lesson: Lesson, shift: int) -> Lesson:
     """Return the lesson at the levels that student and teacher share; what losses are divided by stays."""
     pair = share_levels(lesson.pair, shift)
     assigned = share_assigned(lesson.assigned, lesson.pair.student.locations, shift)
-    main = main_region(pair.student, assigned)
-    return replace(lesson, pair=pair, assigned=assigned, main=main)
+    return replace(lesson, pair=pair, assigned=assigned)
 
 
 def gradient_shares(losses: dict[str, Float[Tensor, ""]], detector: Detector) -> Float[Tensor, " K"]:
@@ -273,7 +335,7 @@ def count_positive(detector: Detector, batch: Batch) -> Float[Tensor, ""]:
     """Count the positives of a batch, at least one per labelled image, averaged over ranks; needs no prediction."""
     height, width = batch.images.shape[-2:]
     sizes_hw = tuple((-(-height // stride), -(-width // stride)) for stride in detector.strides)
-    locations = location_grid(sizes_hw, detector.strides, batch.images.device, detector.spec.head.location_offset)
+    locations = detector.head.locations(sizes_hw, batch.images.device)
     count = reduce_mean(positive_count(assign_labelled(detector, locations, batch)).float())
     return count.clamp(min=1 / world_size())  # without labelled images, the losses of those are 0 and have to stay so
 

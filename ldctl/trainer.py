@@ -20,10 +20,10 @@ from ldctl.data import DataSpec
 from ldctl.data.loader import num_steps, train_batches
 from ldctl.errors import CheckpointError, HungUp, Interrupted, OutputError, Terminated, TrainingError, Unread
 from ldctl.log import MetricsLog, Progress, truncate_after
-from ldctl.metrics import Metrics, evaluate
+from ldctl.metrics import evaluate
 from ldctl.models.detector import Detector, PostprocessSpec
 from ldctl.optim import Ema, build_optimizer, load_optimizer_state, lr_factor, optimizer_state, scaled_lr, set_lr
-from ldctl.predict import predict, to_device
+from ldctl.predict import on_device, predict
 from ldctl.spec import TrainSpec
 from ldctl.step import Learner, Teaching, count_positive, gradient_shares, split, training_losses
 from ldctl.types import Batch, Dataset
@@ -107,7 +107,6 @@ class Trainer:
         step: Optimizer steps done.
         evaluated_step: The step at which the last evaluation ended.
         best_ap: AP of the best checkpoint.
-        metrics: What the last evaluation found; none before the first.
         pending: Losses of the steps since the last record, which the next one averages.
         shares: Each loss's share of the gradient at the first step of an epoch, until it is recorded.
     """
@@ -123,7 +122,6 @@ class Trainer:
         self.step = 0
         self.evaluated_step = 0
         self.best_ap = -1.0
-        self.metrics: Metrics | None = None
         self.pending: list[dict[str, Tensor]] = []
         self.shares: dict[str, float] = {}
         self.wrapped: nn.Module = self.learner
@@ -138,11 +136,8 @@ class Trainer:
         assert isinstance(self.ema.module, Detector)
         return self.ema.module
 
-    def run(self) -> Metrics:
-        """Train to the last step, evaluating and saving on the way.
-
-        Returns:
-            The metrics of the last evaluation.
+    def run(self) -> None:
+        """Train to the last step, evaluating and saving on the way; does nothing where all that is done.
 
         Raises:
             Interrupted: A signal asked to stop; the state is saved.
@@ -162,7 +157,7 @@ class Trainer:
                 while self.step < self.total_steps:
                     self._train_epoch(stop, progress, log)
                     self._evaluate(stop, progress, log)
-                if self.metrics is None:  # resumed after the last step
+                if self.evaluated_step < self.step:  # resumed between the last step and its evaluation
                     self._evaluate(stop, progress, log)
             except torch.cuda.OutOfMemoryError as error:
                 raise TrainingError(
@@ -171,8 +166,6 @@ class Trainer:
                 ) from error
             except OutputError as error:
                 raise OutputError(f"{error}; what was saved before is intact, --resume goes on") from error
-        assert self.metrics is not None
-        return self.metrics
 
     def _train_epoch(self, stop: Interrupts, progress: Progress, log: MetricsLog) -> None:
         """Train to the end of the epoch, unless an evaluation is due first (resumed between the two)."""
@@ -201,9 +194,9 @@ class Trainer:
         """Take a step with each batch; record, save and stop where that is due."""
         job, train = self.job, self.job.train
         unseen, waited, mark = 0, 0.0, time.monotonic()
-        for batch in batches:
+        for batch in on_device(batches, job.device):
             waited += time.monotonic() - mark
-            self.pending.append(self._optimize(to_device(batch, job.device)))
+            self.pending.append(self._optimize(batch))
             self.step += 1
             unseen += train.batch_size
             if self.shares:
@@ -317,15 +310,13 @@ class Trainer:
             device=job.device,
             on_batch=on_batch,
         )
-        self.metrics = evaluate(job.val_set, detections)
-        if self.evaluated_step == self.step:  # resumed after the last evaluation
-            return
+        metrics = evaluate(job.val_set, detections)
         self.evaluated_step = self.step
-        figures = self.metrics.figures()
+        figures = metrics.figures()
         log.write(progress.evaluated(epoch=self.step // self.steps_per_epoch, step=self.step, values=figures))
-        is_best = not self.metrics.ap <= self.best_ap  # undefined where there are no objects: the latest is best then
-        if is_best and not math.isnan(self.metrics.ap):
-            self.best_ap = self.metrics.ap
+        is_best = not metrics.ap <= self.best_ap  # undefined where there are no objects: the latest is best then
+        if is_best and not math.isnan(metrics.ap):
+            self.best_ap = metrics.ap
         if distributed.is_main():
             weights = self.evaluated.state_dict()
             checkpoint.save(job.folder / LAST_FILE, weights, job.meta(figures))

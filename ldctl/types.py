@@ -5,7 +5,8 @@ Shape letters, used in every signature:
 | letter | meaning |
 | --- | --- |
 | `B` | images of a batch |
-| `A` | locations of an image, all pyramid levels concatenated, finest first, row-major in a level |
+| `A` | locations of an image, all pyramid levels concatenated, finest first, row-major in a level; a cell of a map that
+| | has several prior boxes has as many, next to each other |
 | `G` | objects of an image, padded to the most of any image in the batch |
 | `C` | classes |
 | `R` | bins of an edge distribution, `reg_max + 1` |
@@ -16,9 +17,10 @@ Boxes are `xyxy` (left, top, right, bottom; pixels) or `ltrb` (distances from a 
 units).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -54,6 +56,116 @@ class Sample:
     is_labelled: bool = True
 
 
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Images and their objects as columns: some arrays, which may be mapped from a file, whatever the number of images.
+
+    Image `i` has the objects from `first_object[i]` up to `first_object[i + 1]`, and its name is the bytes of `names`
+    from `first_byte[i]` up to `first_byte[i + 1]`.
+
+    Attributes:
+        image_id: As in `Sample`, as are the columns that are not described here.
+        height: Pixels.
+        width: Pixels.
+        is_labelled: False for an image without annotations.
+        first_byte: Where names start; the end of the last name comes last.
+        names: The images' files in UTF-8, without `prefix`.
+        first_object: Where the images' objects start; the end of the last image's comes last.
+        xyxy: Boxes in pixels of the stored image.
+        label: Class index, 0-based.
+        area: Square pixels.
+        is_crowd: To be ignored.
+        prefix: What all files start with: their folder and a separator, or nothing.
+        reopen: Gives the same table to another process, which would else be sent a copy.
+    """
+
+    image_id: Int64[np.ndarray, " I"]
+    height: Int64[np.ndarray, " I"]
+    width: Int64[np.ndarray, " I"]
+    is_labelled: Bool[np.ndarray, " I"]
+    first_byte: Int64[np.ndarray, " I+1"]
+    names: UInt8[np.ndarray, " M"]
+    first_object: Int64[np.ndarray, " I+1"]
+    xyxy: Float32[np.ndarray, "K 4"]
+    label: Int64[np.ndarray, " K"]
+    area: Float32[np.ndarray, " K"]
+    is_crowd: Bool[np.ndarray, " K"]
+    prefix: str = ""
+    reopen: "Callable[[], Table] | None" = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401 (as the base class)
+        return (self.reopen, ()) if self.reopen else super().__reduce_ex__(protocol)
+
+
+@dataclass(frozen=True, eq=False)
+class Samples(Sequence[Sample]):
+    """Images of a table, each made into a `Sample` when it is asked for; `ldctl.data.table` builds them.
+
+    Attributes:
+        table: Where they are.
+        rows: Which of them, in which order; some may be left out or be there twice.
+        new_label: The class that each label of the table stands for; none where it is the same.
+    """
+
+    table: Table
+    rows: Int64[np.ndarray, " S"]
+    new_label: Int64[np.ndarray, " C"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, position: int) -> Sample: ...
+    @overload
+    def __getitem__(self, position: slice) -> "Samples": ...
+    def __getitem__(self, position: int | slice) -> "Sample | Samples":
+        if isinstance(position, slice):
+            return replace(self, rows=self.rows[position])
+        table, row = self.table, int(self.rows[position])
+        mine = slice(table.first_object[row], table.first_object[row + 1])
+        return Sample(
+            image_id=int(table.image_id[row]),
+            file=self.file(position),
+            height=int(table.height[row]),
+            width=int(table.width[row]),
+            xyxy=table.xyxy[mine],
+            label=table.label[mine] if self.new_label is None else self.new_label[table.label[mine]],
+            area=table.area[mine],
+            is_crowd=table.is_crowd[mine],
+            is_labelled=bool(table.is_labelled[row]),
+        )
+
+    def file(self, position: int) -> str:
+        """Return the file of one image."""
+        row = self.rows[position]
+        name = self.table.names[self.table.first_byte[row] : self.table.first_byte[row + 1]]
+        return self.table.prefix + name.tobytes().decode("utf-8", "surrogatepass")
+
+    def take(self, positions: Int64[np.ndarray, " _"] | Bool[np.ndarray, " S"]) -> "Samples":
+        """Return the images at some positions, or those where a mask is true."""
+        return replace(self, rows=self.rows[positions])
+
+    @property
+    def width(self) -> Int64[np.ndarray, " S"]:
+        """Return the width of each image."""
+        return self.table.width.take(self.rows)
+
+    @property
+    def height(self) -> Int64[np.ndarray, " S"]:
+        """Return the height of each image."""
+        return self.table.height.take(self.rows)
+
+    @property
+    def is_labelled(self) -> Bool[np.ndarray, " S"]:
+        """Return of each image whether it has annotations."""
+        return self.table.is_labelled.take(self.rows)
+
+    @property
+    def num_objects(self) -> Int64[np.ndarray, " S"]:
+        """Return the number of objects of each image, crowds included."""
+        return np.diff(self.table.first_object).take(self.rows)
+
+
 @dataclass(frozen=True)
 class Fault:
     """Something wrong with a data set, and what was done about it.
@@ -87,15 +199,17 @@ class Dataset:
         read: Pixels of a sample, uint8 RGB; a `DataError` that names the file where it cannot be read.
         fingerprint: SHA-256 over everything that `samples` and `classes` hold.
         faults: What was found wrong while the annotations were read; the samples are already free of it.
+        checked: Where it is remembered which image files were found sound; none: nowhere.
     """
 
     name: str
     classes: tuple[str, ...]
     category_id: tuple[int, ...]
-    samples: tuple[Sample, ...]
+    samples: Samples
     read: Callable[[Sample], UInt8[Tensor, "3 H W"]]
     fingerprint: str
     faults: tuple[Fault, ...] = ()
+    checked: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -157,9 +271,11 @@ class Locations:
         xy: Location in pixels of the network input: column and row, plus the offset, times the stride.
         stride: Pixels between neighbours of the location's level.
         level: 0 for the finest.
-        level_hw: Rows and columns of each level; their products sum to `A`.
+        level_hw: Rows and columns of each level's cells; their products, times the prior boxes, sum to `A`. None where
+            these are picked from a grid.
         level_stride: Stride of each level in pixels.
         offset: Of locations from the corner of their cells, in strides: 0, or 0.5 for their centres.
+        prior_wh: Width and height of each of a cell's prior boxes, strides; each has a location of its own.
     """
 
     xy: Float[Tensor, "A 2"]
@@ -167,12 +283,22 @@ class Locations:
     level: Int[Tensor, " A"]
     level_hw: tuple[tuple[int, int], ...]
     level_stride: tuple[int, ...]
-    offset: float = 0.0
+    offset: float
+    prior_wh: tuple[tuple[float, float], ...]
+
+    @property
+    def num_priors(self) -> int:
+        """Return the number of locations of each cell."""
+        return len(self.prior_wh)
 
     @property
     def level_sizes(self) -> tuple[int, ...]:
         """Return the number of locations of each level."""
-        return tuple(height * width for height, width in self.level_hw)
+        return tuple(height * width * self.num_priors for height, width in self.level_hw)
+
+    def at(self, index: Int[Tensor, " N"]) -> "Locations":
+        """Return some of the locations, which make no grid."""
+        return replace(self, xy=self.xy[index], stride=self.stride[index], level=self.level[index], level_hw=())
 
 
 def joint_logit(cls: Float[Tensor, "*#S"], quality: Float[Tensor, "*#S"]) -> Float[Tensor, "*S"]:
@@ -217,6 +343,26 @@ class Dense:
     locations: Locations
     quality: Float[Tensor, "B A"] | None = None
 
+    def at(self, rows: Sequence[Int[Tensor, " _"]]) -> list["Dense"]:
+        """Return the predictions at several sets of locations, each as those of one image without maps.
+
+        They are gathered together, since each gathering makes a gradient as large as all predictions.
+
+        Args:
+            rows: `image * A + location` each.
+        """
+        sizes, row = [len(each) for each in rows], torch.cat(list(rows))
+        cls = torch.split(self.cls.flatten(0, 1).index_select(0, row)[None], sizes, dim=1)
+        edge = torch.split(self.edge.flatten(0, 1).index_select(0, row)[None], sizes, dim=1)
+        quality: Sequence[Tensor | None] = [None] * len(sizes)
+        if self.quality is not None:
+            quality = torch.split(self.quality.flatten().index_select(0, row)[None], sizes, dim=1)
+        locations = [self.locations.at(each % self.cls.shape[1]) for each in rows]
+        return [
+            Dense(cls=c, edge=e, features=(), towers=TowerMaps((), ()), locations=at, quality=q)
+            for c, e, at, q in zip(cls, edge, locations, quality, strict=True)
+        ]
+
     @property
     def score(self) -> Float32[Tensor, "B A C"]:
         """Return the score of each class in [0, 1]: `sigmoid(cls)`, times `sigmoid(quality)` where the head tells it.
@@ -243,10 +389,11 @@ class Assigned:
     """Which location answers for which object.
 
     Attributes:
-        label: Class of the location's object; `num_classes` for background.
-        gt_xyxy: Box of the location's object, pixels; zeros for background.
+        label: Class of the location's object; `num_classes` where it has none.
+        gt_xyxy: Box of the location's object, pixels; zeros where it has none.
         is_positive: True where the location answers for an object.
         is_valid: False for locations beyond the image's own padding: they take part in nothing.
+        is_ignored: True where the rule leaves open whether a location is background: no class loss looks there.
         threshold: Each object's positive IoU threshold; infinite for padded objects.
     """
 
@@ -254,6 +401,7 @@ class Assigned:
     gt_xyxy: Float[Tensor, "B A 4"]
     is_positive: Bool[Tensor, "B A"]
     is_valid: Bool[Tensor, "B A"]
+    is_ignored: Bool[Tensor, "B A"]
     threshold: Float[Tensor, "B G"]
 
 
@@ -276,6 +424,12 @@ class Where:
     image: Int[Tensor, " N"]
     num_images: int
     num_levels: int
+
+    @property
+    def picked(self) -> Int[Tensor, " N"]:
+        """Return the rows of a region that is not all."""
+        assert isinstance(self.row, Tensor), "the region was picked"
+        return self.row
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from ldctl.data.images import read_sample
-from ldctl.data.raw import fingerprint
+from ldctl.data.table import fingerprint, pack
 from ldctl.types import Dataset, Sample
 
 
@@ -63,4 +63,5 @@ def image_dataset(root: Path, sizes_hw: list[tuple[int, int]], objects: int = 2)
             Sample(1000 + index, str(file), height, width, xyxy, label, np.full(count, 120, np.float32), is_crowd)
         )
     classes, ids = ("a", "b"), (1, 2)
-    return Dataset("test", classes, ids, tuple(samples), read_sample, fingerprint(classes, ids, samples))
+    packed = pack(samples)
+    return Dataset("test", classes, ids, packed, read_sample, fingerprint(classes, ids, packed))

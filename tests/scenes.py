@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ldctl.boxes import location_grid
-from ldctl.types import Dense, Locations, Targets, TowerMaps
+from ldctl.regions import RegionSpec, pick_rows, vlr_weights
+from ldctl.types import Assigned, Dense, Locations, Targets, TowerMaps, Where
 
 STRIDES = (8, 16, 32, 64, 128)
 NO_MAPS = TowerMaps((), ())
@@ -54,6 +55,12 @@ def random_dense(locations: Locations, num_images: int, num_classes: int, seed: 
     cls = torch.randn(num_images, count, num_classes, generator=generator) * 2 - 2
     edge = torch.randn(num_images, count, 4, num_bins, generator=generator) * 6  # peaked: boxes of every size
     return Dense(cls.requires_grad_(), edge.requires_grad_(), (), NO_MAPS, locations)
+
+
+def vlr_region(spec: RegionSpec, assigned: Assigned, targets: Targets, locations: Locations) -> Where:
+    """Return the VLR by itself."""
+    weight = vlr_weights(spec, assigned, targets, locations) * assigned.is_valid
+    return pick_rows({"vlr": weight}, locations)["vlr"]
 
 
 def images_of(batch: Targets | Dense, images: slice | list[int]) -> Targets | Dense:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "ldctl"
 FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     {"errors", "types", "toml_text"},
-    {"boxes", "schema", "keys", "distributed", "toml"},
+    {"boxes", "fused", "curves", "schema", "keys", "distributed", "toml", "files"},
     {
         "assign",
         "regions",
@@ -32,7 +32,7 @@ LAYERS = (
     {"step", "predict"},
     {"trainer", "run_folder"},
     {"assemble"},
-    {"probe"},
+    {"evaluation", "probe"},
     {"engine", "exchange"},
     {"cli"},
     {"__main__"},

@@ -13,9 +13,11 @@ from ldctl.boxes import (
     decode_ltrb,
     encode_ltrb,
     expected_distance,
+    group_nms,
     intersection,
     location_grid,
     prior_boxes,
+    rank_in_group,
 )
 
 A = torch.tensor([0.0, 0.0, 10.0, 10.0], dtype=torch.float64)
@@ -109,3 +111,29 @@ def test_location_grid() -> None:
     boxes = prior_boxes(locations)
     assert boxes[4].tolist() == [8 - 32, 8 - 32, 8 + 32, 8 + 32]
     assert boxes[7].tolist() == [16 - 64, -64, 16 + 64, 64]
+
+
+@pytest.mark.parametrize(("count", "num_groups"), [(300, 7), (1500, 40)])  # torchvision suppresses many in another way
+def test_suppression_knows_groups_apart(count: int, num_groups: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    corner = torch.rand(count, 2, generator=generator) * 90 - 45
+    xyxy = torch.cat((corner, corner + torch.rand(count, 2, generator=generator) * 40), dim=1)
+    score = torch.randint(50, (count,), generator=generator) / 50  # ties: the first is the better
+    group = torch.randint(num_groups, (count,), generator=generator)
+    covers, groups = (box_iou(xyxy[:, None].double(), xyxy.double()) > 0.5).tolist(), group.tolist()
+    kept: list[int] = []
+    for row in sorted(range(count), key=lambda row: -score[row].item()):
+        if not any(groups[other] == groups[row] and covers[other][row] for other in kept):
+            kept.append(row)
+    assert group_nms(xyxy, score, group, 0.5).tolist() == sorted(kept)
+    assert num_groups < len(kept) < count
+
+
+def test_suppression_of_nothing() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    assert group_nms(torch.zeros(0, 4), torch.zeros(0), none, 0.5).tolist() == []
+    assert rank_in_group(none).tolist() == []
+
+
+def test_ranks_count_within_a_group() -> None:
+    assert rank_in_group(torch.tensor([0, 0, 0, 2, 3, 3])).tolist() == [0, 1, 2, 0, 0, 1]

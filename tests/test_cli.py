@@ -18,7 +18,7 @@ import runs
 import torch
 from datasets import coco_document, write_coco
 
-from ldctl import checkpoint, engine, mmdet
+from ldctl import checkpoint, engine, evaluation, mmdet
 from ldctl.checkpoint import CheckpointMeta
 from ldctl.cli import main
 from ldctl.metrics import TITLES, Metrics
@@ -822,6 +822,10 @@ def test_a_checkpoint_says_all_that_evaluation_needs(ldctl: Callable[[str], Ran]
     assert ran.out.count("\n") == 1
     assert {"ap", "ap50", "ap75", "ap_small", "ar100"} <= set(figures)
     assert set(figures["per_class"]) == {"cat", "dog"}
+    speed = figures.pop("speed")
+    assert speed["images_per_second"] > 0
+    assert 0 < speed["latency_median_ms"] <= speed["latency_p95_ms"]
+    assert (speed["batch"], speed["latency_height_px"], speed["latency_width_px"]) == (8, 64, 64)
     assert isinstance(json.loads((tmp_path / "found.json").read_text()), list)
     again = ldctl("eval t.safetensors --json --detections found.json")
     assert json.loads(again.out) == figures
@@ -829,6 +833,9 @@ def test_a_checkpoint_says_all_that_evaluation_needs(ldctl: Callable[[str], Ran]
     assert table.code == 0
     assert "AP75" in table.out
     assert "dog" in table.out
+    assert "images/s, files to boxes, batch 8" in table.out
+    assert "input 64 x 64 px" in table.out.splitlines()[-1]
+    assert "latency" not in ldctl("eval t.safetensors -q --detections found.json").out
 
 
 def test_evaluation_keeps_what_is_there(ldctl: Callable[[str], Ran], teacher: Path, tmp_path: Path) -> None:
@@ -900,7 +907,7 @@ def test_tables_are_whole_on_any_terminal(capsys: pytest.CaptureFixture[str], co
     figures = dict.fromkeys(TITLES, 0.123)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", columns)
-        engine.print_metrics({name: Metrics(**figures, per_class={}) for name in ("teacher", "plain", "student")})
+        evaluation.print_metrics({name: Metrics(**figures, per_class={}) for name in ("teacher", "plain", "student")})
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.count("0.123") for line in lines) == 3 * len(TITLES)
     assert all(any(title in line for line in lines) for title in (*TITLES.values(), "teacher", "plain", "student"))
@@ -935,10 +942,10 @@ def test_import(ldctl: Callable[[str], Ran], foreign: dict[str, torch.Tensor], t
     assert checkpoint.load_meta(tmp_path / "read.safetensors").classes == tuple(names)
 
 
-@pytest.mark.parametrize("kind", ["gflv2", "atss", "fcos"])
+@pytest.mark.parametrize("kind", ["gflv2", "atss", "fcos", "retina"])
 def test_other_heads_to_mmdet_and_back(ldctl: Callable[[str], Ran], tmp_path: Path, kind: str) -> None:
     """Nothing in a file tells ATSS's from FCOS's head but the names of its layers."""
-    head = HeadSpec.model_validate({"kind": kind, "num_convs": 1})
+    head = HeadSpec.model_validate({"kind": kind, "num_convs": 1, "norm": "none" if kind == "retina" else "group"})
     model = ModelSpec(backbone=ResNetSpec(depth=18), head=head, channels=32)
     tensors = Detector(model, 2).state_dict()
     meta = CheckpointMeta(model=model.model_dump(mode="json"), classes=("a", "b"), short_side=64, long_side=64)

@@ -313,7 +313,7 @@ def test_all_terms_in_one_spec() -> None:
         assert_close(distilled(detector(0), teach(term))[term.name], losses[term.name], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["gfl", "gflv2", "atss", "fcos"])
+@pytest.mark.parametrize("kind", ["gfl", "gflv2", "atss", "fcos", "retina"])
 @pytest.mark.parametrize("term", EVERY, ids=lambda term: term.name)
 def test_on_every_head_a_term_lowers_itself_and_leaves_the_teacher_untouched(term: Term, kind: str) -> None:
     """The table of methods and heads in the README: every cell is trained for a few steps."""

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from scenes import grid as grid_of
-from scenes import images_of, on_ranks, random_dense, random_targets
+from scenes import images_of, on_ranks, random_dense, random_targets, vlr_region
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -19,7 +19,7 @@ from ldctl.assign import assign
 from ldctl.distill import KD, LD, BinaryKD
 from ldctl.distill.logits import sum_of_level_means
 from ldctl.losses import LossSpec, detection_losses, normalizer
-from ldctl.regions import RegionSpec, all_region, main_region, vlr_region
+from ldctl.regions import RegionSpec, all_region, main_region
 from ldctl.types import Normalizer, Pair, Where
 
 CLASSES, IMAGES = 5, 16
@@ -48,7 +48,8 @@ def rank_losses(images: list[int], kind: str, shift: float) -> tuple[dict[str, T
         "all": all_region(assigned, grid),
     }
     norm = normalizer(kind, assigned, regions["main"])
-    losses = detection_losses(LossSpec(), student, assigned, regions["main"], norm)
+    (at_main,) = student.at([regions["main"].picked])
+    losses = detection_losses(LossSpec(), student, at_main, assigned, regions["main"], norm)
     losses |= {term.name: term(Pair(student, teacher), regions[term.region], norm) for term in TERMS}
     return losses, list(torch.autograd.grad(sum(losses.values()), leaves))
 

@@ -151,6 +151,8 @@ def test_every_kind_of_head(kind: str, tmp_path: Path) -> None:
     assert parity.num_unmatched == 0
     assert parity.max_box_difference_px < 0.002
     assert parity.max_score_difference < 2e-5
+    if detector.head.quality is None:
+        return
     with torch.no_grad():  # the file's scores must hang on the quality, or the check proves nothing of it
         for parameter in detector.head.quality.parameters():
             parameter.mul_(-1)

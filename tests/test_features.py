@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from ldctl.assign import assign
 from ldctl.distill import CWD, PKD, Imitation
-from ldctl.distill.features import feature_distance, location_features, pearson_distance, standardized
-from ldctl.distill.logits import softened_kl
+from ldctl.distill.features import cell_features, feature_distance, pearson_distance, standardized
+from ldctl.fused import softened_kl
 from ldctl.losses import normalizer
 from ldctl.regions import RegionSpec, all_region, main_region, region
 from ldctl.types import Assigned, Dense, Normalizer, Pair, Targets, Where
@@ -52,7 +52,7 @@ def where_of(name: str, pair: Pair, assigned: Assigned, targets: Targets) -> Whe
 
 def test_rows_of_features_are_locations() -> None:
     student = dense(2, 0)
-    rows = location_features(student).unflatten(0, (2, -1))
+    rows = cell_features(student).unflatten(0, (2, -1))
     start = 0
     for (height, width), maps in zip(student.locations.level_hw, student.features, strict=True):
         for y, x in ((0, 0), (height - 1, 0), (height // 2, width - 1)):
@@ -167,7 +167,7 @@ def test_imitation_sees_every_location_of_its_region_and_no_other(name: str) -> 
     pair, assigned, targets, norm = scene()
     where = where_of(name, pair, assigned, targets)
     gradients = torch.autograd.grad(Imitation(region=name)(pair, where, norm), pair.student.features)
-    touched = location_features(replace(pair.student, features=gradients)).all(dim=1)
+    touched = cell_features(replace(pair.student, features=gradients)).all(dim=1)
     expected = torch.zeros_like(touched)
     expected[torch.arange(len(touched))[where.row][where.weight > 0]] = True
     assert torch.equal(touched, expected)

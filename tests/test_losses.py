@@ -7,11 +7,13 @@ import pytest
 import torch
 from scenes import grid, images_of, random_dense, random_targets, targets_of
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
 from ldctl.assign import assign
 from ldctl.boxes import box_giou, decode_ltrb, expected_distance
+from ldctl.fused import PIECE, focal_cross_entropy
 from ldctl.losses import (
     LossSpec,
     by_centerness,
@@ -22,7 +24,7 @@ from ldctl.losses import (
     normalizer,
     quality_focal_loss,
 )
-from ldctl.regions import main_region, select
+from ldctl.regions import main_region, pick_rows
 from ldctl.types import Assigned, Dense, Targets, joint_logit
 
 CLASSES = 5
@@ -45,38 +47,63 @@ def losses_of(
     dense: Dense, assigned: Assigned, kind: str = "synced", spec: LossSpec | None = None
 ) -> dict[str, Tensor]:
     main = main_region(dense, assigned)
-    return detection_losses(spec or LossSpec(), dense, assigned, main, normalizer(kind, assigned, main))
+    (at_main,) = dense.at([main.picked])
+    return detection_losses(spec or LossSpec(), dense, at_main, assigned, main, normalizer(kind, assigned, main))
+
+
+def one(rows: int) -> Tensor:
+    return torch.ones(rows, dtype=torch.float64)
 
 
 def test_quality_focal_loss_golden_values() -> None:
-    logit = torch.tensor([-2.0, 0.5, 1.0], dtype=torch.float64)
-    positive = quality_focal_loss(logit, torch.tensor([0.0, 0.8, 0.0], dtype=torch.float64))
-    assert positive.sum().item() == pytest.approx(0.7217671683713964, rel=1e-12)
-    assert quality_focal_loss(logit, torch.zeros_like(logit)).sum().item() == pytest.approx(
+    logit = torch.tensor([[-2.0, 0.5, 1.0]], dtype=torch.float64)
+    positive = quality_focal_loss(logit, torch.tensor([[0.0, 0.8, 0.0]], dtype=torch.float64), one(1))
+    assert positive.item() == pytest.approx(0.7217671683713964, rel=1e-12)
+    assert quality_focal_loss(logit, torch.zeros_like(logit), one(1)).item() == pytest.approx(
         1.0810834671060352, rel=1e-12
     )
 
 
 def test_quality_focal_loss_closed_forms() -> None:
-    logit = uniform(50, seed=0) * 12 - 6
-    assert not quality_focal_loss(logit, logit.sigmoid()).any()  # the score equals its target
-    p = logit.sigmoid()
-    assert_close(quality_focal_loss(logit, torch.zeros_like(p)), -(p**2) * (1 - p).log())
-    assert_close(quality_focal_loss(logit, torch.ones_like(p)), -((1 - p) ** 2) * p.log())
-    assert_close(quality_focal_loss(logit, torch.ones_like(p), beta=1.0), -(1 - p) * p.log())
-    extreme = quality_focal_loss(torch.tensor([-200.0, 200.0]), torch.tensor([0.0, 0.0]))
-    assert extreme.tolist() == [0.0, 200.0]
+    logit = uniform(50, 1, seed=0) * 12 - 6
+    p, weight = logit.sigmoid(), uniform(50, seed=1)
+    assert not quality_focal_loss(logit, p, one(50))  # the score equals its target
+    zero, ones = torch.zeros_like(p), torch.ones_like(p)
+    assert_close(quality_focal_loss(logit, zero, weight), (-weight * (p**2 * (1 - p).log()).squeeze(1)).sum())
+    assert_close(quality_focal_loss(logit, ones, weight), (-weight * ((1 - p) ** 2 * p.log()).squeeze(1)).sum())
+    assert_close(focal_cross_entropy(logit, ones, one(50), beta=1.0), (-(1 - p) * p.log()).sum())
+    for value, expected in ((-200.0, 0.0), (200.0, 200.0)):
+        assert quality_focal_loss(torch.tensor([[value]]), torch.zeros(1, 1), torch.ones(1)).item() == expected
+
+
+@pytest.mark.parametrize("beta", [1.0, 1.5, 2.0])
+@pytest.mark.parametrize("alpha", [None, 0.25])
+def test_focal_cross_entropy_is_what_autograd_makes_of_the_formula(beta: float, alpha: float | None) -> None:
+    """Over several pieces, the last of them short; with rows that do not count, and targets of 0."""
+    num_classes = 7
+    rows = 2 * (PIECE // num_classes) + 5
+    logit = (uniform(rows, num_classes, seed=2) * 16 - 8).requires_grad_()
+    target = (uniform(rows, num_classes, seed=3) - 0.7).clamp(min=0)
+    weight = (uniform(rows, seed=4) - 0.2).clamp(min=0)
+    balance = 1.0 if alpha is None else torch.where(target > 0, alpha, 1 - alpha)
+    entropy = binary_cross_entropy_with_logits(logit, target, reduction="none")
+    expected = (weight[:, None] * balance * (target - logit.sigmoid()).abs() ** beta * entropy).sum()
+    found = focal_cross_entropy(logit, target, weight, beta=beta, alpha=alpha)
+    assert_close(found, expected, rtol=1e-12, atol=0)
+    ours, theirs = (torch.autograd.grad(3 * x, logit)[0] for x in (found, expected))
+    assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
 
 
 def test_focal_loss_is_torchvisions() -> None:
     logit = (uniform(40, 6, seed=6) * 30 - 15).requires_grad_()
     target = (uniform(40, 6, seed=7) > 0.8).double()
-    found, expected = focal_loss(logit, target), sigmoid_focal_loss(logit, target, alpha=0.25, gamma=2.0)
+    found = focal_loss(logit, target, one(40))
+    expected = sigmoid_focal_loss(logit, target, alpha=0.25, gamma=2.0, reduction="sum")
     assert_close(found, expected)
-    ours, theirs = (torch.autograd.grad(x.sum(), logit)[0] for x in (found, expected))
+    ours, theirs = (torch.autograd.grad(x, logit)[0] for x in (found, expected))
     assert_close(ours, theirs)
-    half = torch.tensor([0.0], dtype=torch.float64)
-    assert focal_loss(half, torch.ones_like(half)).item() == pytest.approx(0.25 * 0.25 * math.log(2))
+    half = torch.tensor([[0.0]], dtype=torch.float64)
+    assert focal_loss(half, torch.ones_like(half), one(1)).item() == pytest.approx(0.25 * 0.25 * math.log(2))
 
 
 def test_centerness_by_hand() -> None:
@@ -87,7 +114,7 @@ def test_centerness_by_hand() -> None:
     assigned = replace(assigned, gt_xyxy=targets.gt_xyxy.expand(1, len(locations.level), 4))
     mask = torch.zeros(1, len(locations.level), dtype=torch.bool)
     mask[0, [1 * 8 + 2, 2 * 8 + 2, 2 * 8 + 4]] = True  # (16, 8), (16, 16), (32, 16)
-    main = select(mask, torch.zeros(mask.shape), locations)
+    main = pick_rows({"main": mask.float()}, locations)["main"]
     assert by_centerness(main, assigned, locations).weight.tolist() == pytest.approx([1 / 3, (1 / 3) ** 0.5, 1.0])
 
 
@@ -116,15 +143,15 @@ def test_losses_with_centerness_written_out(kind: str) -> None:
             is_object = number == label
             focal -= 0.25 * (1 - p) ** 2 * p.log() if is_object else 0.75 * p**2 * (1 - p).log()
     main = by_centerness(main_region(dense, assigned), assigned, dense.locations)
-    norm = normalizer(kind, assigned, main)
-    found = centerness_losses(LossSpec(), dense, assigned, main, norm)
+    norm, (at_main,) = normalizer(kind, assigned, main), dense.at([main.picked])
+    found = centerness_losses(LossSpec(), dense, at_main, assigned, main, norm)
     num_positive = sum(max(count, 1) for count in positives)
     assert weights > 1
     assert found.keys() == {"focal", "giou", "centerness"}
     assert found["focal"].item() == pytest.approx((focal / num_positive).item(), rel=1e-5)
     assert found["giou"].item() == pytest.approx((2 * giou / weights).item(), rel=1e-5)
     assert found["centerness"].item() == pytest.approx((bce / num_positive).item(), rel=1e-5)
-    weighted = centerness_losses(LossSpec(focal=3.0, giou=4.0, centerness=5.0), dense, assigned, main, norm)
+    weighted = centerness_losses(LossSpec(focal=3.0, giou=4.0, centerness=5.0), dense, at_main, assigned, main, norm)
     for name, factor in (("focal", 3.0), ("giou", 2.0), ("centerness", 5.0)):
         assert_close(weighted[name], factor * found[name])
 
@@ -134,7 +161,8 @@ def test_losses_with_centerness_without_positives() -> None:
     dense = replace(dense, quality=torch.zeros(2, dense.cls.shape[1], requires_grad=True))
     assigned = assign(dense.locations, targets_of([[], []]), torch.full((2, 2), 64), CLASSES)
     main = by_centerness(main_region(dense, assigned), assigned, dense.locations)
-    found = centerness_losses(LossSpec(), dense, assigned, main, normalizer("synced", assigned, main))
+    (at_main,) = dense.at([main.picked])
+    found = centerness_losses(LossSpec(), dense, at_main, assigned, main, normalizer("synced", assigned, main))
     assert found["giou"].item() == found["centerness"].item() == 0.0
     sum(found.values()).backward()
     assert not dense.edge.grad.any()
@@ -157,9 +185,9 @@ def test_quality_focal_loss_of_a_product() -> None:
     target = uniform(50, 4, seed=12)
     p = cls.sigmoid() * quality.sigmoid()
     expected = (target - p).abs() ** 2 * -(target * p.log() + (1 - target) * (1 - p).log())
-    assert_close(quality_focal_loss(joint_logit(cls, quality), target), expected)
+    assert_close(quality_focal_loss(joint_logit(cls, quality), target, one(50)), expected.sum())
     inputs = (cls[:3].requires_grad_(), quality[:3].requires_grad_())
-    assert torch.autograd.gradcheck(lambda x, y: quality_focal_loss(joint_logit(x, y), target[:3]), inputs)
+    assert torch.autograd.gradcheck(lambda x, y: quality_focal_loss(joint_logit(x, y), target[:3], one(3)), inputs)
 
 
 def test_distribution_focal_loss_golden_values() -> None:
@@ -203,7 +231,7 @@ def test_distribution_target_on_the_last_bins_of_a_short_distribution() -> None:
 def test_gradients() -> None:
     logit = (uniform(3, 4, seed=2) * 6 - 3).requires_grad_()
     target = uniform(3, 4, seed=3)
-    assert torch.autograd.gradcheck(lambda x: quality_focal_loss(x, target), (logit,))
+    assert torch.autograd.gradcheck(lambda x: quality_focal_loss(x, target, uniform(3, seed=4)), (logit,))
     edge = (uniform(3, 4, 9, seed=4) * 4).requires_grad_()
     ltrb = uniform(3, 4, seed=5) * 9 - 0.5
     assert torch.autograd.gradcheck(lambda x: distribution_focal_loss(x, ltrb), (edge,))

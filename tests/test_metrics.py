@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ldctl import metrics
+from ldctl.data.table import pack
 from ldctl.errors import DataError
 from ldctl.types import Dataset, Detections, Sample
 
@@ -33,7 +34,7 @@ def dataset(
         name="instances.json",
         classes=classes,
         category_id=ids,
-        samples=tuple(samples),
+        samples=pack(samples),
         read=no_pixels,
         fingerprint="",
     )

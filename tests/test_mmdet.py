@@ -1,5 +1,6 @@
 """GFL weights from and to mmdet."""
 
+import itertools
 import json
 import sys
 from collections import OrderedDict
@@ -128,7 +129,9 @@ def test_what_shapes_tell(depth: int, num_classes: int, reg_max: int, channels: 
     )
     ours = Detector(spec, num_classes).state_dict()
     theirs = to_mmdet(ours, "gfl")
-    assert infer_mmdet(theirs, HERE) == Inferred("gfl", depth, num_classes, reg_max, channels, num_convs, has_dcn=False)
+    assert infer_mmdet(theirs, HERE) == Inferred(
+        "gfl", depth, num_classes, reg_max, channels, num_convs, has_norm=True, has_dcn=False
+    )
     assert from_mmdet(theirs, HERE).keys() == ours.keys()
 
 
@@ -142,7 +145,7 @@ def test_gflv2_there_and_back(shared: Path) -> None:
     layout = gflv2_shapes(shared)
     state = oracle.weights(layout, 18, "round")
     ours = from_mmdet(state, HERE)
-    assert infer_mmdet(state, HERE) == Inferred("gflv2", 18, 80, 16, 256, 4, has_dcn=False)
+    assert infer_mmdet(state, HERE) == Inferred("gflv2", 18, 80, 16, 256, 4, has_norm=True, has_dcn=False)
     detector = Detector(ModelSpec(backbone=ResNetSpec(depth=18, init="none"), head=HeadSpec(kind="gflv2")), 80)
     detector.load_state_dict(ours)
     back = to_mmdet(detector.state_dict(), "gflv2")
@@ -188,7 +191,7 @@ LAYERS = {
 @pytest.mark.parametrize("kind", LAYERS)
 def test_heads_with_centerness_there_and_back(shared: Path, kind: str) -> None:
     state = oracle.weights(centerness_shapes(shared, kind), 18, "round")
-    assert infer_mmdet(state, HERE) == Inferred(kind, 18, 80, 16, 256, 4, has_dcn=False)
+    assert infer_mmdet(state, HERE) == Inferred(kind, 18, 80, 16, 256, 4, has_norm=True, has_dcn=False)
     head = HeadSpec.model_validate({"kind": kind})
     detector = Detector(ModelSpec(backbone=ResNetSpec(depth=18, init="none"), head=head), 80)
     detector.load_state_dict(from_mmdet(state, HERE))
@@ -205,6 +208,58 @@ def test_boxes_without_distributions_are_refused(shared: Path, kind: str) -> Non
         f"gfl.pth: bbox_head.{LAYERS[kind][1]}.weight has 4 channels: the head predicts boxes without edge "
         "distributions, which localization distillation is about: import one that has them, or train it: "
         f"ldctl teacher train --set model.head.kind={kind}"
+    )
+
+
+def retina_shapes(shared: Path, *, has_norm: bool) -> dict[str, list[int]]:
+    """Return the layout of the released LD code's RetinaNet: nine prior boxes, no scales, the top from the input."""
+    others = (".gn.", ".scales.", "bbox_head.gfl_")
+    layout = {name: x for name, x in shapes(shared, 18).items() if not any(other in name for other in others)}
+    for tower, layer in itertools.product(("cls_convs", "reg_convs"), range(4)):
+        for part in ("gn.weight", "gn.bias") if has_norm else ("conv.bias",):
+            layout[f"bbox_head.{tower}.{layer}.{part}"] = [256]
+    for name, channels in (("atss_cls", 9 * 80), ("atss_reg", 9 * 4 * 17)):
+        layout |= {f"bbox_head.{name}.weight": [channels, 256, 3, 3], f"bbox_head.{name}.bias": [channels]}
+    return layout | {"neck.fpn_convs.3.conv.weight": [256, 512, 3, 3]}
+
+
+@pytest.mark.parametrize("has_norm", [True, False])
+def test_retina_there_and_back(shared: Path, has_norm: bool) -> None:
+    layout = retina_shapes(shared, has_norm=has_norm)
+    state = oracle.weights(layout, 18, "round")
+    assert infer_mmdet(state, HERE) == Inferred("retina", 18, 80, 16, 256, 4, has_norm=has_norm, has_dcn=False)
+    head = HeadSpec(kind="retina", norm="group" if has_norm else "none")
+    detector = Detector(ModelSpec(backbone=ResNetSpec(depth=18, init="none"), head=head), 80)
+    detector.load_state_dict(from_mmdet(state, HERE))
+    assert torch.equal(detector.fpn.output[3].weight, state["neck.fpn_convs.3.conv.weight"])
+    back = to_mmdet(detector.state_dict(), "retina")
+    assert {name: list(value.shape) for name, value in back.items()} == layout
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_retina_that_does_not_fit(shared: Path) -> None:
+    """A pyramid that was made for another head, and towers with a norm and a bias."""
+    state = oracle.weights(retina_shapes(shared, has_norm=True), 18)
+    state["neck.fpn_convs.3.conv.weight"] = torch.zeros(256, 256, 3, 3)
+    state["bbox_head.cls_convs.0.conv.bias"] = torch.zeros(256)
+    assert fault(state) == (
+        "gfl.pth: 2 entries do not fit a RetinaNet detector with ResNet-18: nothing imported\n"
+        "unexpected: bbox_head.cls_convs.0.conv.bias [256]\n"
+        "shape: neck.fpn_convs.3.conv.weight is [256, 256, 3, 3], RetinaNet's is [256, 512, 3, 3]"
+    )
+
+
+@pytest.mark.parametrize("names", [("retina_cls", "retina_reg"), ("atss_cls", "atss_reg")])
+def test_retina_without_distributions_is_refused(shared: Path, names: tuple[str, str]) -> None:
+    """Whether the names are those of mmdet itself, or of its fork."""
+    state = oracle.weights(retina_shapes(shared, has_norm=False), 18)
+    for theirs, ours, channels in zip(("atss_cls", "atss_reg"), names, (720, 36), strict=True):
+        del state[f"bbox_head.{theirs}.weight"]
+        state[f"bbox_head.{ours}.weight"] = torch.zeros(channels, 256, 3, 3)
+    assert fault(state) == (
+        f"gfl.pth: bbox_head.{names[1]}.weight has 36 channels: the head predicts boxes without edge distributions, "
+        "which localization distillation is about: import one that has them, or train it: "
+        "ldctl teacher train --set model.head.kind=retina"
     )
 
 
@@ -278,8 +333,8 @@ def test_wrapped_detectors(state: dict[str, Tensor], prefix: str) -> None:
 
 def test_other_detectors(shared: Path, state: dict[str, Tensor]) -> None:
     assert fault({"backbone.conv1.weight": torch.zeros(1), "rpn_head.rpn_conv.weight": torch.zeros(1)}) == (
-        "gfl.pth: no bbox_head.gfl_cls.weight: not a detector of mmdet with a head of GFL, GFLv2, ATSS or FCOS: "
-        "import one"
+        "gfl.pth: no bbox_head.gfl_cls.weight: not a detector of mmdet with a head of GFL, GFLv2, ATSS, FCOS or "
+        "RetinaNet: import one"
     )
     second = {name: torch.zeros(shape) for name, shape in shapes(shared, 50, "gfl_dcnv2").items()}
     second["bbox_head.integral.project"] = torch.arange(17.0)

@@ -10,9 +10,10 @@ from torchvision.ops import box_iou, nms
 
 from ldctl import spec
 from ldctl.errors import SpecError
-from ldctl.models import PostprocessSpec, detect_image
+from ldctl.models import PostprocessSpec, detect
 from ldctl.models.nms import cluster_nms, diou_overlap, voting_cluster_diou_nms
 from ldctl.spec import ExportSpec
+from ldctl.types import Detections
 
 Box = tuple[float, float, float, float]
 VOTING = PostprocessSpec(nms="voting_cluster_diou")
@@ -129,21 +130,21 @@ def test_no_boxes_and_tiny_ones() -> None:
 
 def test_detector_uses_it() -> None:
     """The boxes of the brute force in a random scene; those of the other NMS where a single box is left."""
-    locations = grid(128, 128)
-    dense = random_dense(locations, 1, 3, seed=0)
-    arguments = dense.score[0].detach(), dense.edge[0].detach(), locations, (128, 128), (1.0, 1.0)
-    xyxy, score, label = detect_image(*arguments, VOTING)
-    assert len(xyxy) == 100
-    everything = detect_image(*arguments, PostprocessSpec(nms_iou=1.0, max_detections=10_000))
-    expected = torch.tensor(brute_force(*everything, 0.6)[:100], dtype=torch.float32)
-    torch.testing.assert_close(xyxy, expected[:, :4], rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(score, expected[:, 4])
-    assert torch.equal(label, expected[:, 5].long())
-    single = (*arguments[:2], locations, (128, 128), (1.0, 1.0))
-    best = VOTING.model_copy(update={"max_detections": 1, "score_threshold": score[0].item() - 1e-6})
-    assert torch.equal(
-        detect_image(*single, best)[0], detect_image(*single, best.model_copy(update={"nms": "class"}))[0]
-    )
+    dense, size_hw = random_dense(grid(128, 128), 1, 3, seed=0), torch.tensor([[128, 128]])
+
+    def found(spec: PostprocessSpec) -> Detections:
+        return detect(dense, size_hw, size_hw, (0,), spec)[0]
+
+    voted = found(VOTING)
+    assert len(voted.xyxy) == 100
+    everything = found(PostprocessSpec(nms_iou=1.0, max_detections=10_000))
+    brute = brute_force(everything.xyxy, everything.score, everything.label, 0.6)
+    expected = torch.tensor(brute[:100], dtype=torch.float32)
+    torch.testing.assert_close(voted.xyxy, expected[:, :4], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(voted.score, expected[:, 4])
+    assert torch.equal(voted.label, expected[:, 5].long())
+    best = VOTING.model_copy(update={"max_detections": 1, "score_threshold": voted.score[0].item() - 1e-6})
+    assert torch.equal(found(best).xyxy, found(best.model_copy(update={"nms": "class"})).xyxy)
 
 
 def test_export_is_refused() -> None:

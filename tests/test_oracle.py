@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Deviations
 from oracle import levels, read
-from scenes import NO_MAPS
+from scenes import NO_MAPS, vlr_region
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -18,7 +18,7 @@ from ldctl.assign import assign
 from ldctl.boxes import location_grid, prior_boxes
 from ldctl.distill import KD, LD, Imitation
 from ldctl.losses import LossSpec, detection_losses, normalizer
-from ldctl.regions import RegionSpec, main_region, region, vlr_region
+from ldctl.regions import RegionSpec, main_region, region
 from ldctl.types import Assigned, Dense, Locations, Normalizer, Pair, Targets, Where
 
 TESTS = Path(__file__).parent
@@ -138,7 +138,8 @@ class Case:
         found: dict[str, list[Tensor]] = {"qfl": [], "giou": [], "dfl": []}
         for level, main in enumerate(self.by_level(self.main)):
             on_level = replace(self.assigned, is_valid=self.assigned.is_valid & (self.locations.level == level))
-            for name, loss in detection_losses(LossSpec(), self.student, on_level, main, norm).items():
+            (at_main,) = self.student.at([main.picked])
+            for name, loss in detection_losses(LossSpec(), self.student, at_main, on_level, main, norm).items():
                 found[name].append(loss)
         return {name: torch.stack(losses) for name, losses in found.items()}
 
@@ -211,7 +212,7 @@ def check_imitation(case: Case, fork: str) -> None:
     """
     pair = Pair(finest(case.student), finest(case.teacher))
     count = len(pair.student.locations.level)
-    fields = ("label", "gt_xyxy", "is_positive", "is_valid")
+    fields = ("label", "gt_xyxy", "is_positive", "is_valid", "is_ignored")
     assigned = replace(case.assigned, **{name: getattr(case.assigned, name)[:, :count] for name in fields})
     norm = normalizer("reference", assigned, main_region(pair.student, assigned))
     for name, key in (("finegrained", "finegrained"), ("inside_gt", "fitnet"), ("gi", "gibox")):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from scenes import grid, images_of, random_dense, random_targets, targets_of
+from scenes import grid, images_of, random_dense, random_targets, targets_of, vlr_region
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -13,15 +13,20 @@ from ldctl.assign import assign
 from ldctl.boxes import box_iou, expected_distance
 from ldctl.errors import LdctlError
 from ldctl.regions import (
+    DRAWN,
+    Encounters,
     Region,
     RegionSpec,
     all_region,
+    best_of_each,
+    draw,
+    encounters,
     general_instances,
+    in_vlr_band,
     main_region,
+    on_all_levels,
     region,
     vlr_overlap,
-    vlr_region,
-    vlr_weights,
 )
 from ldctl.types import Assigned, Locations, Pair, Targets, Where
 
@@ -83,26 +88,64 @@ def test_vlr_equals_brute_force(seed: int, kind: str, gamma: float) -> None:
 def test_the_two_definitions_differ_as_documented() -> None:
     """A small prior box inside a large object: low DIoU, yet an overlap of nearly 1 in the released code."""
     prior = torch.tensor([[68.0, 68.0, 132.0, 132.0]])
-    gt = torch.tensor([[[0.0, 0.0, 200.0, 200.0]]])
+    gt = torch.tensor([[0.0, 0.0, 200.0, 200.0]])
     iou, diou = vlr_overlap(prior, gt, "diou")
     same_iou, reference = vlr_overlap(prior, gt, "reference")
     assert iou.item() == same_iou.item() == diou.item() == pytest.approx(64**2 / 200**2)
     assert reference.item() == 1.0
-    a, b = torch.tensor([[0.0, 0.0, 10.0, 10.0]]), torch.tensor([[[5.0, 5.0, 20.0, 15.0]]])
+    a, b = torch.tensor([[0.0, 0.0, 10.0, 10.0]]), torch.tensor([[5.0, 5.0, 20.0, 15.0]])
     assert vlr_overlap(a, b, "diou")[1].item() == pytest.approx(-0.0188888889, abs=1e-7)
     assert vlr_overlap(a, b, "reference")[1].item() == pytest.approx(0.12, abs=1e-7)
 
 
 def test_band_is_closed_below_and_open_above() -> None:
-    overlap = torch.tensor([[[0.1249], [0.125], [0.3], [0.5], [0.6]]])
-    weight = vlr_weights(overlap, overlap, torch.tensor([[0.5]]), gamma=0.25)
-    assert weight.tolist() == [[0.0, 0.125, pytest.approx(0.3), 0.0, 0.0]]
+    overlap = torch.tensor([0.1249, 0.125, 0.3, 0.5, 0.6])
+    found = in_vlr_band(overlap, torch.full((5,), 0.5), gamma=0.25)
+    assert found.tolist() == [False, True, True, False, False]
 
 
-def test_weight_is_the_best_iou_among_objects_whose_band_holds_the_location() -> None:
-    iou = torch.tensor([[[0.2, 0.4, 0.9]]])
-    overlap = torch.tensor([[[0.2, 0.3, 0.9]]])  # the third is above its threshold
-    assert vlr_weights(iou, overlap, torch.tensor([[0.5, 0.5, 0.5]]), gamma=0.25).item() == pytest.approx(0.4)
+def test_the_best_of_a_locations_encounters_counts() -> None:
+    _, _, assigned = scene(0)
+    met = Encounters(row=torch.tensor([7, 3, 7, 7]), target=torch.tensor([0, 0, 1, 2]))
+    best = best_of_each(met, torch.tensor([0.2, 0.1, 0.4, 0.0]), assigned)
+    assert best.shape == assigned.label.shape
+    assert best.flatten()[[3, 7]].tolist() == pytest.approx([0.1, 0.4])
+    assert best.sum().item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+@pytest.mark.parametrize("seed", range(3))
+def test_encounters_are_all_pairs_that_share_area(seed: int, offset: float) -> None:
+    """Also of objects beyond the image, of no area, and whose borders lie on the grid."""
+    locations, targets = grid(96, 160, offset), random_targets(3, 160, CLASSES, seed)
+    targets.gt_xyxy[0, 0] = torch.tensor([-50.0, -40.0, 300.0, 8.0])
+    targets.gt_xyxy[1, 0] = torch.tensor([32.0, 32.0, 64.0, 64.0])
+    targets.gt_xyxy[2, 0] = torch.tensor([41.0, 33.0, 41.0, 70.0])
+    targets.is_object[:, 0] = True
+    met = encounters(locations, targets, on_all_levels(targets, locations))
+    num_objects = targets.is_object.shape[1]
+    found = set(zip(met.row.tolist(), met.target.tolist(), strict=True))
+    assert len(found) == len(met.row)
+    half = 4 * locations.stride
+    for image, index in targets.is_object.nonzero().tolist():
+        x1, y1, x2, y2 = targets.gt_xyxy[image, index]
+        is_near = (locations.xy[:, 0] + half > x1) & (locations.xy[:, 0] - half < x2)
+        is_near &= (locations.xy[:, 1] + half > y1) & (locations.xy[:, 1] - half < y2)
+        count, target = len(locations.level), image * num_objects + index
+        mine = {row - image * count for row, met_target in found if met_target == target}
+        assert mine == set(is_near.nonzero()[:, 0].tolist())
+    assert len(encounters(locations, targets, on_all_levels(targets, locations) & False).row) == 0
+
+
+def test_regions_drawn_together_are_those_drawn_alone() -> None:
+    locations, targets, assigned = scene(4)
+    student, teacher = (random_dense(locations, 4, CLASSES, seed) for seed in (4, 5))
+    together = draw(DRAWN, RegionSpec(), student, assigned, targets)
+    assert tuple(together) == DRAWN
+    for name, where in together.items():
+        alone = region(name, RegionSpec(), Pair(student, teacher), assigned, targets)
+        for field in ("row", "weight", "level", "image"):
+            assert torch.equal(getattr(where, field), getattr(alone, field)), (name, field)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from ldctl import checkpoint, engine, toml
+from ldctl import checkpoint, engine, toml, trainer
 from ldctl.assemble import make_job, open_data
 from ldctl.distill import LD
 from ldctl.errors import Interrupted, OutputError, Terminated, TrainingError
+from ldctl.log import MetricsLog, Progress
 from ldctl.losses import LossSpec
 from ldctl.metrics import Metrics, evaluate
 from ldctl.mmdet import from_mmdet
@@ -33,7 +36,7 @@ from ldctl.models import Detector, HeadSpec, ModelSpec, ResNetSpec
 from ldctl.optim import OptimSpec, build_optimizer, set_lr
 from ldctl.spec import DistillationSpec, TaughtSpec
 from ldctl.step import Learner, Teaching, gradient_shares, split, training_losses
-from ldctl.trainer import Job, Trainer
+from ldctl.trainer import Interrupts, Job, Trainer
 from ldctl.types import Batch, Dense, Scaled, Targets
 
 TRACE = Path(__file__).parent / "loss_trace.json"
@@ -156,8 +159,9 @@ def test_an_adapter_learns_is_resumed_and_stays_out_of_checkpoints(
         assert set(checkpoint.load(tmp_path / "run" / name).tensors) == plain
 
 
-def test_a_finished_run_resumes_to_its_results(whole: Path, teacher: Path) -> None:
+def test_a_finished_run_resumes_to_its_results(whole: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    monkeypatch.delattr("ldctl.trainer.predict")  # nothing is evaluated again
     metrics = engine.distill(runs.distill_spec(whole, teacher, **RICH), resume=True, quiet=True)
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
     last = checkpoint.load_meta(whole / "last.safetensors").metrics
@@ -635,4 +639,31 @@ def test_overfits_a_handful_of_images(tmp_path: Path, head: str) -> None:
     setting = open_data(spec.data, torch.device("cpu"), quiet=True)
     (tmp_path / "run").mkdir()
     job = make_job(spec, "student", tmp_path / "run", spec.model, replace(setting, val_set=setting.train_set))
-    assert Trainer(job).run().ap > 0.9
+    trainer = Trainer(job)
+    trainer.run()
+    assert trainer.best_ap > 0.9
+
+
+def test_data_wait_is_the_wait_for_batches_that_of_the_first_included(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers start when the first batch of an epoch is asked for; what a step takes is no wait."""
+    job = replace(small_job(train__log_every=1), folder=tmp_path)
+
+    def slow_batches(*args: object, **values: object) -> Iterator[Batch]:
+        for pause in (0.6, 0.0, 0.2):
+            time.sleep(pause)
+            yield first_batch(job)
+
+    def slow_step(self: Trainer, batch: Batch) -> dict[str, Tensor]:
+        time.sleep(0.2)
+        return {"qfl": torch.tensor(1.0)}
+
+    first_batch(job)
+    monkeypatch.setattr(trainer, "train_batches", slow_batches)
+    monkeypatch.setattr(Trainer, "_optimize", slow_step)
+    with Progress(3, 1, quiet=True) as progress, closing(MetricsLog(tmp_path / "metrics.jsonl")) as log:
+        Trainer(job)._train_epoch(Interrupts(), progress, log)
+    waits = [json.loads(line)["data_wait"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for wait, expected in zip(waits, (0.75, 0.0, 0.5), strict=True):
+        assert abs(wait - expected) < 0.2

@@ -2,9 +2,8 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import TypeGuard, cast
+from typing import TypeGuard
 
 import numpy as np
 
@@ -58,12 +57,13 @@ def read_coco(root: Path, split: Split, annotations: Path) -> Raw:
     images, skipped = _images(_entries(document, "images", annotations), annotations, faults)
     reader = _BoxReader(str(annotations), images, skipped, {category: row for row, category in enumerate(classes)})
     boxes = reader.read(_entries(document, "annotations", annotations), trains=split == "train")
-    folder = _image_folder(root, annotations, [image.file for image in images.values()])
+    folder = image_folder(root, annotations, [image.file for image in images.values()])
     return Raw(
         name=str(annotations),
         classes=tuple(classes.values()),
         category_id=tuple(classes),
-        images=[replace(image, file=folder / image.file) for image in images.values()],
+        folder=folder,
+        images=list(images.values()),
         boxes=boxes,
         noun="annotation",
         faults=[*faults, *reader.faults],
@@ -157,15 +157,28 @@ def _image(entry: object, source: str) -> ImageEntry | str:
     return ImageEntry(image_id, Path(PurePosixPath(name)), height, width, source)
 
 
-def _image_folder(root: Path, annotations: Path, files: list[Path]) -> Path:
-    """Return the first of the usual folders that holds one of the images."""
+def probes(files: list[Path]) -> list[Path]:
+    """Return the files to look for when looking for their folder: some, from all over the list."""
+    return files[:: max(len(files) // _PROBES, 1)]
+
+
+def image_folder(root: Path, annotations: Path, files: list[Path]) -> Path:
+    """Return the first of the usual folders that holds one of the images.
+
+    Args:
+        root: Folder of the data set.
+        annotations: The annotation file.
+        files: Of the images, as they stand in it; their `probes` do as well.
+
+    Raises:
+        DataError: None does.
+    """
     stem = annotations.stem
     names = dict.fromkeys((stem.rsplit("_", 1)[-1], stem))
     folders = [folder for name in names for folder in (root / name, root / "images" / name)]
     folders += [root / "images", root / "JPEGImages", root, annotations.parent]
-    probes = files[:: max(len(files) // _PROBES, 1)]
     for folder in folders:
-        if any((folder / file).is_file() for file in probes):
+        if any((folder / file).is_file() for file in probes(files)):
             return folder
     if not files:
         return root
@@ -210,36 +223,42 @@ class _BoxReader:
 
     def _add(self, entry: Json, position: int) -> None:
         number, image_id, category = entry.get("id"), entry.get("image_id"), entry.get("category_id")
-        where = f"annotation {_short(number)}"
         row = self._rows.get(image_id) if type(image_id) is int else None
         if row is None:
             if repr(image_id) not in self._skipped:  # else its image is reported already
-                self._report(where, f"there is no image with id {_short(image_id)}", "annotation dropped")
+                problem = f"there is no image with id {_short(image_id)}"
+                self._report(self._where(entry), problem, "annotation dropped")
             return
-        where += f" of {self._images[cast('int', image_id)].file.name}"
         label = self._labels.get(category) if type(category) is int else None
         if label is None:
-            self._report(where, f"there is no category with id {_short(category)}", "annotation dropped")
+            problem = f"there is no category with id {_short(category)}"
+            self._report(self._where(entry), problem, "annotation dropped")
             return
         corners = entry.get("bbox")
         if not (isinstance(corners, list) and len(corners) == 4 and all(map(_is_number, corners))):
-            self._report(where, f"bbox {_short(corners)} is not four numbers", "annotation dropped")
+            self._report(self._where(entry), f"bbox {_short(corners)} is not four numbers", "annotation dropped")
             return
         is_crowd = entry.get("iscrowd", 0)
         if is_crowd not in (0, 1):
-            self._report(where, f"iscrowd {_short(is_crowd)} is neither 0 nor 1", "annotation dropped")
+            problem = f"iscrowd {_short(is_crowd)} is neither 0 nor 1"
+            self._report(self._where(entry), problem, "annotation dropped")
             return
         key = number if type(number) is int and abs(number) < 2**53 else None
         area = _number(entry.get("area"))
         found = (row, *map(_number, corners), label, area, float(is_crowd), position if key is None else key)
         if key is not None and (first := self._by_id.setdefault(key, found)) is not found:
             is_same = first[:6] == found[:6]
-            self._report(
-                where, "the id is used before", "annotation dropped: it repeats the first" if is_same else "kept"
-            )
+            action = "annotation dropped: it repeats the first" if is_same else "kept"
+            self._report(self._where(entry), "the id is used before", action)
             if is_same:
                 return
         self._found.append(found)
+
+    def _where(self, entry: Json) -> str:
+        """Name an annotation, and its image where there is one; only of a fault, since it takes longer than to read."""
+        image_id = entry.get("image_id")
+        image = self._images.get(image_id) if type(image_id) is int else None
+        return f"annotation {_short(entry.get('id'))}" + (f" of {image.file.name}" if image else "")
 
     def _report(self, item: str, problem: str, action: str) -> None:
         self.faults.append(Fault(self._source, item, problem, action))

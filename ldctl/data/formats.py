@@ -10,9 +10,11 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from ldctl.data.coco import annotation_places, find_annotations, read_coco
-from ldctl.data.raw import Raw, Split, assemble
+from ldctl.data.coco import annotation_places, find_annotations
+from ldctl.data.index import open_coco
+from ldctl.data.raw import Split, assemble
 from ldctl.data.synthetic import SyntheticSpec, synthetic_dataset
+from ldctl.data.table import relabelled
 from ldctl.data.voc import read_voc, set_name
 from ldctl.data.yolo import find_yaml, read_yolo
 from ldctl.errors import DataError
@@ -38,6 +40,9 @@ class DataSpec(Spec):
             in it, both ends included; evaluation takes the upper end.
         long_side: Most pixels of the longer side; wins over `short_side`.
         flip: Probability of a horizontal flip in training.
+        scaled_jpeg: Decode a JPEG in training at 1/2, 1/4 or 1/8 of its size where that is no smaller than what is
+            shown of it: takes less time where images have many megapixels. What is shown is then a little smoother than
+            in evaluation, which always decodes in full.
         workers: Processes that load images, at most one per CPU core; 0 loads in the training process.
     """
 
@@ -51,6 +56,7 @@ class DataSpec(Spec):
     short_side: tuple[int, int] = (800, 800)
     long_side: int = Field(default=1333, ge=32)
     flip: float = Field(default=0.5, ge=0, le=1)
+    scaled_jpeg: bool = False
     workers: int = Field(default=8, ge=0)
 
     def scaled(self, scale: float) -> "DataSpec":
@@ -90,7 +96,7 @@ def open_dataset(spec: DataSpec, split: Split) -> Dataset:
     if spec.format == "synthetic":
         return synthetic_dataset(spec.synthetic, split)
     with _without_collector():
-        return assemble(_read(spec, split), split)
+        return _read(spec, split)
 
 
 def check_classes(train: Dataset, val: Dataset) -> None:
@@ -138,11 +144,11 @@ def in_class_order(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
         dataset,
         classes=classes,
         category_id=tuple(dataset.category_id[dataset.classes.index(name)] for name in classes),
-        samples=tuple(replace(sample, label=new_label[sample.label]) for sample in dataset.samples),
+        samples=relabelled(dataset.samples, new_label),
     )
 
 
-def _read(spec: DataSpec, split: Split) -> Raw:
+def _read(spec: DataSpec, split: Split) -> Dataset:
     path = Path(spec.path)
     if not path.exists():
         raise DataError(
@@ -152,12 +158,12 @@ def _read(spec: DataSpec, split: Split) -> Raw:
     value, other = (spec.train, spec.val) if split == "train" else (spec.val, spec.train)
     found = _detect(path, spec) if spec.format == "auto" else spec.format
     if found == "coco" and (annotations := find_annotations(path, split, value)):
-        return read_coco(path, split, annotations)
+        return open_coco(path, split, annotations)
     if found == "yolo" and (yaml := find_yaml(path)):
-        return read_yolo(yaml, split, value)
+        return assemble(read_yolo(yaml, split, value), split)
     if found == "voc":
         other_split: Split = "val" if split == "train" else "train"
-        return read_voc(path, set_name(path, split, value), set_name(path, other_split, other))
+        return assemble(read_voc(path, set_name(path, split, value), set_name(path, other_split, other)), split)
     raise DataError(_not_found(path, split, value, found))
 
 

@@ -11,6 +11,7 @@ them is filled up with images from the front of the shuffled list. An epoch thus
 at most `batch_size - 1` times an image again.
 """
 
+import math
 import os
 import signal
 from collections.abc import Callable, Generator, Sequence
@@ -18,17 +19,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ldctl.boxes import PAD_MULTIPLE
 from ldctl.data.augment import View, eval_view, place, scaled, show, train_view
 from ldctl.data.formats import DataSpec
+from ldctl.data.images import read_sample
 from ldctl.errors import DataError, SpecError
-from ldctl.types import Batch, Dataset, Scaled, Targets
+from ldctl.types import Batch, Dataset, Sample, Scaled, Targets
 
 # What crosses from a worker: a few tensors (each costs a file handle; images and their sizes at each scale come last),
 # or the text of a DataError.
@@ -92,7 +94,7 @@ def train_batches(
     multiple = round(PAD_MULTIPLE / min(teacher_scale, 1.0))  # so that a smaller teacher's input has whole strides, too
     plan = _TrainPlan(dataset, spec, order, seed, epoch, rank, world_size, multiple)
     yield from _load(
-        _Batches(dataset, plan, with_targets=True, teacher_scale=teacher_scale),
+        _Batches(dataset, plan, with_targets=True, teacher_scale=teacher_scale, scaled_jpeg=spec.scaled_jpeg),
         range(first_step, len(order)),
         spec.workers,
     )
@@ -134,7 +136,7 @@ def epoch_order(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Int
     """Return which samples make up each global batch of an epoch; see the top of this file for the rule."""
     rng = np.random.default_rng((seed, epoch))
     shuffled = rng.permutation(len(dataset.samples))
-    is_wide = np.array([sample.width > sample.height for sample in dataset.samples])[shuffled]
+    is_wide = (dataset.samples.width > dataset.samples.height)[shuffled]
     full, left = [], []
     for group in (shuffled[is_wide], shuffled[~is_wide]):
         whole = len(group) // batch_size * batch_size
@@ -181,6 +183,7 @@ class _Batches(TorchDataset[_Packed | str]):
     plan: Callable[[int], _Plan]
     with_targets: bool
     teacher_scale: float = 1.0
+    scaled_jpeg: bool = False
 
     def __getitem__(self, step: int) -> _Packed | str:
         try:
@@ -192,12 +195,9 @@ class _Batches(TorchDataset[_Packed | str]):
         samples = [self.dataset.samples[index] for index in plan.index]
         scales = (1.0,) if self.teacher_scale == 1 else (1.0, self.teacher_scale)
         height, width = plan.padded_hw
-        shown = [
-            torch.zeros((len(samples), 3, int(height * scale), int(width * scale)), dtype=torch.uint8)
-            for scale in scales
-        ]
+        shown = [_black(len(samples), int(height * scale), int(width * scale)) for scale in scales]
         for row, (sample, view) in enumerate(zip(samples, plan.views, strict=True)):
-            pixels = self.dataset.read(sample)
+            pixels = self._read(sample, scaled(view, max(scales)))
             for images, scale in zip(shown, scales, strict=True):
                 part = scaled(view, scale)
                 images[row, :, : part.height, : part.width] = show(pixels, part)
@@ -215,6 +215,12 @@ class _Batches(TorchDataset[_Packed | str]):
         about = torch.tensor([(s.height, s.width, s.image_id, s.is_labelled) for s in samples], dtype=torch.int64)
         return about, xyxy, label, is_object, *shown, *sizes_hw
 
+    def _read(self, sample: Sample, largest: View) -> UInt8[Tensor, "3 H W"]:
+        """Return the pixels of an image, or at least as many as its largest view has."""
+        if self.scaled_jpeg and self.dataset.read is read_sample:
+            return read_sample(sample, (largest.height, largest.width))
+        return self.dataset.read(sample)
+
 
 def _load(batches: _Batches, steps: range, workers: int) -> Generator[Batch, None, None]:
     workers = min(usable_workers(workers), len(steps))
@@ -229,7 +235,7 @@ def _load(batches: _Batches, steps: range, workers: int) -> Generator[Batch, Non
         worker_init_fn=_leave_signals,
     )
     # decided for the data set, not for the batch: all ranks have to take the same way through a step
-    is_annotated = all(sample.is_labelled for sample in batches.dataset.samples)
+    is_annotated = batches.dataset.samples.is_labelled.all()
     iterator = iter(loader)
     try:
         for packed in iterator:
@@ -258,6 +264,15 @@ def _leave_signals(_: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last is Unix's
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _black(num_images: int, height: int, width: int) -> UInt8[Tensor, "B 3 H W"]:
+    """Return images of zeros; of a worker's, in the memory that it shares, where they would else be copied to."""
+    shape = (num_images, 3, height, width)
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]  # zeros, as new memory is
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def _sizes_hw(views: Sequence[View]) -> Int64[Tensor, "B 2"]:

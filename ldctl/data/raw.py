@@ -12,8 +12,6 @@ image without boxes, or with a side under 32 px, is left out of train and kept i
 Source: the reference's data set class (method of mmdet), which trains on 117,266 of COCO's 118,287 images.
 """
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
@@ -22,8 +20,9 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from ldctl.data.images import read_sample
+from ldctl.data.table import fingerprint, pack_names, prefix, starts, whole
 from ldctl.errors import DataError
-from ldctl.types import Dataset, Fault, Sample
+from ldctl.types import Dataset, Fault, Samples, Table
 
 Split = Literal["train", "val"]
 SMALLEST_SIDE = 32  # px; the reference does not train on smaller images
@@ -36,7 +35,7 @@ class ImageEntry:
 
     Attributes:
         image_id: Its id, or its index where the format has none.
-        file: Where its pixels are.
+        file: Where its pixels are, relative to the folder of all.
         height: Pixels as stored.
         width: Pixels as stored.
         source: The file that holds its boxes.
@@ -78,6 +77,7 @@ class Raw:
         name: What messages call the split.
         classes: Class names.
         category_id: Their ids in the annotation file.
+        folder: What the images' files are relative to.
         images: The images.
         boxes: Their boxes.
         noun: What the format calls a box: `annotation`, `object` or `line`.
@@ -87,6 +87,7 @@ class Raw:
     name: str
     classes: tuple[str, ...]
     category_id: tuple[int, ...]
+    folder: Path
     images: list[ImageEntry]
     boxes: Boxes
     noun: str
@@ -102,7 +103,7 @@ def assemble(raw: Raw, split: Split) -> Dataset:
     if not raw.classes:
         raise DataError(f"{raw.name}: no classes: there is nothing to detect: name them in it")
     boxes, faults = _checked(raw, split)
-    samples = _samples(raw.images, boxes, split)
+    samples = _samples(raw, boxes, split)
     faults = [*raw.faults, *faults]
     if not samples:
         wanted = "with a box to train on" if split == "train" else "to evaluate on"
@@ -117,22 +118,6 @@ def assemble(raw: Raw, split: Split) -> Dataset:
         fingerprint=fingerprint(raw.classes, raw.category_id, samples),
         faults=tuple(faults),
     )
-
-
-def fingerprint(classes: tuple[str, ...], category_id: tuple[int, ...], samples: Iterable[Sample]) -> str:
-    """Return a SHA-256 that changes with every class, image id, file name, size and box, and with what is unlabelled.
-
-    Folders do not enter, so that a data set keeps its fingerprint when it moves; nor do pixels.
-    """
-    digest = hashlib.sha256(repr((classes, category_id)).encode())
-    for sample in samples:
-        identity = (sample.image_id, Path(sample.file).name, sample.height, sample.width, len(sample.label))
-        digest.update(repr(identity).encode())
-        for array in (sample.xyxy, sample.label, sample.area, sample.is_crowd):
-            digest.update(array.tobytes())
-        if not sample.is_labelled:
-            digest.update(b"unlabelled")
-    return digest.hexdigest()
 
 
 def is_inside(name: str) -> bool:
@@ -188,28 +173,29 @@ def _fault(raw: Raw, row: int, problem: str, action: str) -> Fault:
     return Fault(entry.source, where, what, action)
 
 
-def _samples(images: list[ImageEntry], boxes: Boxes, split: Split) -> tuple[Sample, ...]:
-    # views into four arrays: a COCO split has half a million objects, and an array of its own costs more than a box
+def _samples(raw: Raw, boxes: Boxes, split: Split) -> Samples:
+    """Group the boxes by image, and leave out the images that the rules leave out."""
+    count = np.bincount(boxes.image, minlength=len(raw.images))
+    size_hw = np.array([(entry.height, entry.width) for entry in raw.images], dtype=np.int64).reshape(-1, 2)
+    is_useful = (count > 0) & (size_hw.min(axis=1) >= SMALLEST_SIDE)
+    kept = np.flatnonzero(is_useful) if split == "train" else np.arange(len(raw.images))
     order = np.argsort(boxes.image, kind="stable")
-    start = np.searchsorted(boxes.image[order], np.arange(len(images) + 1)).tolist()
-    xyxy, area = boxes.xyxy[order].astype(np.float32), boxes.area[order].astype(np.float32)
-    label, is_crowd = boxes.label[order], boxes.is_crowd[order]
-    samples = []
-    for row, entry in enumerate(images):
-        mine = slice(start[row], start[row + 1])
-        is_useless = mine.start == mine.stop or min(entry.height, entry.width) < SMALLEST_SIDE
-        if split == "train" and is_useless:
-            continue
-        samples.append(
-            Sample(
-                image_id=entry.image_id,
-                file=str(entry.file),
-                height=entry.height,
-                width=entry.width,
-                xyxy=xyxy[mine],
-                label=label[mine],
-                area=area[mine],
-                is_crowd=is_crowd[mine],
-            )
+    if split == "train":
+        order = order[is_useful[boxes.image[order]]]
+    names, first_byte = pack_names([raw.images[row].file.as_posix() for row in kept.tolist()])
+    return whole(
+        Table(
+            image_id=np.array([raw.images[row].image_id for row in kept.tolist()], dtype=np.int64),
+            height=size_hw[kept, 0],
+            width=size_hw[kept, 1],
+            is_labelled=np.ones(len(kept), dtype=np.bool_),
+            first_byte=first_byte,
+            names=names,
+            first_object=starts(count[kept]),
+            xyxy=boxes.xyxy[order].astype(np.float32),
+            label=boxes.label[order],
+            area=boxes.area[order].astype(np.float32),
+            is_crowd=boxes.is_crowd[order],
+            prefix=prefix(raw.folder),
         )
-    return tuple(samples)
+    )

@@ -17,6 +17,7 @@ from jaxtyping import Float, Float32, UInt8
 from pydantic import Field
 from torch import Tensor
 
+from ldctl.data.table import pack
 from ldctl.schema import Spec
 from ldctl.types import Dataset, Sample
 
@@ -91,7 +92,7 @@ def synthetic_dataset(spec: SyntheticSpec, split: Literal["train", "val"]) -> Da
         name=f"synthetic {split}",
         classes=CLASSES,
         category_id=tuple(range(1, len(CLASSES) + 1)),
-        samples=tuple(_sample(spec, split, index) for index in range(count)),
+        samples=pack(_sample(spec, split, index) for index in range(count)),
         read=Reader(spec, split),
         fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
     )

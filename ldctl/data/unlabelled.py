@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,10 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from ldctl.data.images import SUFFIXES, Header, read_header, read_sample
-from ldctl.data.raw import SMALLEST_SIDE, fingerprint
+from ldctl.data.raw import SMALLEST_SIDE
+from ldctl.data.table import fingerprint, pack
 from ldctl.errors import DataError
-from ldctl.types import Dataset, Fault, Sample
+from ldctl.types import Dataset, Fault, Sample, Samples
 
 _THREADS = 16  # waiting for files, not computing
 
@@ -40,7 +40,7 @@ def read_unlabelled(folder: Path, like: Dataset) -> Dataset:
         for file, header in zip(files, headers, strict=True)
         if isinstance(header, str)
     )
-    samples = tuple(
+    samples = pack(
         _sample(index, file, header)
         for index, (file, header) in enumerate(zip(files, headers, strict=True))
         if not isinstance(header, str)
@@ -69,14 +69,14 @@ def join(labelled: Dataset, unlabelled: Dataset) -> Dataset:
             read=labelled.read if is_plain else ReadEither(labelled.read, unlabelled.read),
             faults=labelled.faults + unlabelled.faults,
         ),
-        labelled.samples + unlabelled.samples,
+        pack((*labelled.samples, *unlabelled.samples)),
     )
 
 
 def only_labelled(dataset: Dataset) -> Dataset:
     """Return the data set without its unlabelled images; itself where it has none."""
-    samples = tuple(sample for sample in dataset.samples if sample.is_labelled)
-    return dataset if len(samples) == len(dataset.samples) else with_samples(dataset, samples)
+    is_labelled = dataset.samples.is_labelled
+    return dataset if is_labelled.all() else with_samples(dataset, dataset.samples.take(is_labelled))
 
 
 def as_many_labelled(dataset: Dataset) -> Dataset:
@@ -84,10 +84,11 @@ def as_many_labelled(dataset: Dataset) -> Dataset:
     labelled = only_labelled(dataset)
     if labelled is dataset:
         return dataset
-    return with_samples(labelled, tuple(islice(cycle(labelled.samples), len(dataset.samples))))
+    again = np.arange(len(dataset.samples)) % len(labelled.samples)
+    return with_samples(labelled, labelled.samples.take(again))
 
 
-def with_samples(dataset: Dataset, samples: tuple[Sample, ...]) -> Dataset:
+def with_samples(dataset: Dataset, samples: Samples) -> Dataset:
     """Return the data set with other images, and its fingerprint with them."""
     mark = fingerprint(dataset.classes, dataset.category_id, samples)
     return replace(dataset, samples=samples, fingerprint=mark)

@@ -86,6 +86,7 @@ def read_voc(root: Path, name: str, other: str) -> Raw:
         name=f"{root} {name}",
         classes=classes,
         category_id=tuple(range(1, len(classes) + 1)),
+        folder=Path(),
         images=[entry for entry, _ in found],
         boxes=_boxes([objects for _, objects in found], classes),
         noun="object",

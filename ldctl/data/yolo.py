@@ -69,6 +69,7 @@ def read_yolo(yaml: Path, split: Split, value: str | None) -> Raw:
         name=f"{yaml} {value or split}",
         classes=classes,
         category_id=tuple(range(len(classes))),
+        folder=Path(),
         images=images,
         boxes=_boxes(rows, images),
         noun="line",

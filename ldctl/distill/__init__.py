@@ -8,8 +8,19 @@ from ldctl.distill.crosskd import CrossKDBox, CrossKDClass
 from ldctl.distill.features import CWD, PKD, Imitation
 from ldctl.distill.logits import KD, LD, BCKDBox, BinaryKD
 
-Term = Annotated[
-    LD | KD | BinaryKD | BCKDBox | CrossKDClass | CrossKDBox | Imitation | PKD | CWD, Field(discriminator="kind")
-]
+PredictionTerm = LD | KD | BinaryKD | BCKDBox  # they look at nothing but both detectors' predictions in their region
+Term = Annotated[PredictionTerm | CrossKDClass | CrossKDBox | Imitation | PKD | CWD, Field(discriminator="kind")]
 
-__all__ = ["CWD", "KD", "LD", "PKD", "BCKDBox", "BinaryKD", "CrossKDBox", "CrossKDClass", "Imitation", "Term"]
+__all__ = [
+    "CWD",
+    "KD",
+    "LD",
+    "PKD",
+    "BCKDBox",
+    "BinaryKD",
+    "CrossKDBox",
+    "CrossKDClass",
+    "Imitation",
+    "PredictionTerm",
+    "Term",
+]

@@ -31,7 +31,7 @@ class CrossKDClass(Spec):
     alignment takes out; and it says nothing of the student's layers behind the cut.
 
     Attributes:
-        region: All valid locations.
+        region: All valid locations of the teacher.
         weight: Factor. Source: CrossKD's configuration, as that of `beta`.
         beta: How strongly locations are discounted where cross-head and teacher agree.
     """
@@ -55,18 +55,18 @@ class CrossKDClass(Spec):
         assert pair.crossed is not None, "the step makes cross-head predictions where a term asks for them"
         crossed = pair.crossed.cls.flatten(0, 1)[where.row].float()
         teacher = pair.teacher.cls.flatten(0, 1)[where.row].float()
-        per_row = binary_distillation(crossed, teacher, self.beta)
-        return self.weight * (per_row * where.weight).sum() / norm.num_positive
+        weight = at_teachers(where.weight, pair)
+        return self.weight * binary_distillation(crossed, teacher, weight, self.beta) / norm.num_positive
 
 
 class CrossKDBox(Spec):
     """Box distillation of the cross-head predictions: KL of edge distributions, weighted by the teacher's best score.
 
-    Student and teacher may have different bins, for it is the teacher's head that speaks on both sides. Blind to the
-    same as `CrossKDClass`.
+    Student and teacher may have different bins and prior boxes, for it is the teacher's head that speaks on both sides.
+    Blind to the same as `CrossKDClass`.
 
     Attributes:
-        region: All valid locations.
+        region: All valid locations of the teacher.
         weight: Factor. Source: CrossKD's configuration.
         class_reduction: `"sum"` of the divergence over bins, as in the released code, or `"mean"`.
     """
@@ -90,10 +90,21 @@ class CrossKDBox(Spec):
         assert pair.crossed is not None, "the step makes cross-head predictions where a term asks for them"
         crossed = pair.crossed.edge.flatten(0, 1)[where.row]
         teacher = pair.teacher.edge.flatten(0, 1)[where.row]
-        score = pair.teacher.best_score.detach().flatten()[where.row] * where.weight
+        score = pair.teacher.best_score.detach().flatten()[where.row] * at_teachers(where.weight, pair)
         total_score = score.sum() if norm.kind == "reference" else reduce_mean(score.sum())
         per_row = localization_distillation(crossed, teacher, CROSS_TEMPERATURE, self.class_reduction)
         return self.weight * (per_row * score).sum() / total_score.clamp(min=EPS)
+
+
+def at_teachers(weight: Float[Tensor, " N"], pair: Pair) -> Float[Tensor, " M"]:
+    """Return the weights of the teacher's locations, of which a cell may have another number than of the student's.
+
+    Args:
+        weight: Of all of the student's locations; those of a cell have the same.
+        pair: Student and teacher.
+    """
+    own, other = pair.student.locations.num_priors, pair.teacher.locations.num_priors
+    return weight if own == other else weight[::own].repeat_interleave(other)
 
 
 def aligned_towers(student: TowerMaps, teacher: TowerMaps, towers: Collection[str]) -> TowerMaps:

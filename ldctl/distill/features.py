@@ -4,6 +4,7 @@ Features are compared as they are. Where the student's maps are narrower or wide
 that learns beside the student makes them alike before they arrive here.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -11,7 +12,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from ldctl.distill.logits import softened_kl, sum_of_level_means
+from ldctl.distill.logits import sum_of_level_means
+from ldctl.fused import softened_kl
 from ldctl.schema import Spec
 from ldctl.types import Dense, Normalizer, Pair, Where
 
@@ -46,8 +48,9 @@ class Imitation(Spec):
 
         Differs from the released code: that gives 0 on levels without positives, whatever the region holds there.
         """
-        student = location_features(pair.student)[where.row].float()
-        teacher = location_features(pair.teacher)[where.row].float()
+        where = of_cells(where, pair.student.locations.num_priors)
+        student = cell_features(pair.student)[where.row].float()
+        teacher = cell_features(pair.teacher)[where.row].float()
         return self.weight * sum_of_level_means(feature_distance(student, teacher), where, norm)
 
 
@@ -148,8 +151,30 @@ class CWD(Spec):
         return self.weight * self.temperature**2 * torch.stack(divergences).sum()
 
 
-def location_features(dense: Dense) -> Float[Tensor, "N D"]:
-    """Return the pyramid's features, a row for each location of each image, in the order of `Where.row`."""
+def of_cells(where: Where, num_priors: int) -> Where:
+    """Return the cells of the maps that hold a location of the region, each once; rows count cells then.
+
+    Synchronises with the host where cells have several locations, and not all are in the region.
+
+    Args:
+        where: Locations.
+        num_priors: Locations of each cell.
+    """
+    if num_priors == 1:
+        return where
+    first: Tensor | slice
+    row: Tensor | slice
+    if isinstance(where.row, slice):
+        row, first = where.row, slice(None, None, num_priors)  # all of a cell or none are valid
+    else:
+        cell = where.row // num_priors
+        first = cell.diff(prepend=cell.new_full((1,), -1)).nonzero().squeeze(1)  # rows ascend; synchronises
+        row = cell[first]
+    return replace(where, row=row, weight=where.weight[first], level=where.level[first], image=where.image[first])
+
+
+def cell_features(dense: Dense) -> Float[Tensor, "N D"]:
+    """Return the pyramid's features, a row for each cell of each image, in the order of `Where.row`."""
     return torch.cat([each.flatten(2) for each in dense.features], dim=2).transpose(1, 2).flatten(0, 1)
 
 
@@ -157,4 +182,6 @@ def level_maps(dense: Dense, on: Literal["features", "cls"]) -> list[Float[Tenso
     """Return the maps of each level as float32, their rows and columns in one axis."""
     if on == "features":
         return [each.flatten(2).float() for each in dense.features]
-    return [each.transpose(1, 2).float() for each in torch.split(dense.cls, list(dense.locations.level_sizes), dim=1)]
+    levels = torch.split(dense.cls, list(dense.locations.level_sizes), dim=1)
+    num_channels = dense.locations.num_priors * dense.cls.shape[-1]  # each prior box has its own
+    return [each.reshape(len(each), -1, num_channels).transpose(1, 2).float() for each in levels]

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ldctl.boxes import box_giou, decode_ltrb, expected_distance
 from ldctl.distributed import gather_rows, rank, world_size
+from ldctl.fused import focal_cross_entropy, softened_kl
 from ldctl.schema import Spec
 from ldctl.types import Normalizer, Pair, Where
 
@@ -214,24 +214,23 @@ class BinaryKD(Spec):
         """
         student = pair.student.score_logit.flatten(0, 1)[where.row]
         teacher = pair.teacher.score_logit.flatten(0, 1)[where.row]
-        per_row = binary_distillation(student, teacher, self.beta)
-        return self.weight * (per_row * (where.weight > 0)).sum() / norm.num_positive
+        total = binary_distillation(student, teacher, (where.weight > 0).float(), self.beta)
+        return self.weight * total / norm.num_positive
 
 
 def binary_distillation(
-    student_cls: Float[Tensor, "N C"], teacher_cls: Float[Tensor, "N C"], beta: float
-) -> Float[Tensor, " N"]:
-    """Return `|sigmoid(t) - sigmoid(s)|^beta * BCE(s, sigmoid(t))`, summed over classes.
+    student_cls: Float[Tensor, "N C"], teacher_cls: Float[Tensor, "N C"], weight: Float[Tensor, " N"], beta: float
+) -> Float[Tensor, ""]:
+    """Return `weight * |sigmoid(t) - sigmoid(s)|^beta * BCE(s, sigmoid(t))`, summed over classes and rows.
 
     Returns:
-        Values >= 0; zero where both scores are equal.
+        At least 0; 0 where all scores are equal.
+
+    Normalized by: nothing.
 
     Source: BCKD (ICCV 2023, arXiv:2308.14286), classification term.
     """
-    target = teacher_cls.detach().sigmoid()
-    distance = (target - student_cls.sigmoid()).abs()
-    cross_entropy = binary_cross_entropy_with_logits(student_cls, target, reduction="none")
-    return (distance.pow(beta) * cross_entropy).sum(dim=-1)
+    return focal_cross_entropy(student_cls, teacher_cls.detach().sigmoid(), weight, beta=beta)
 
 
 class BCKDBox(Spec):
@@ -302,12 +301,3 @@ def divergence_factor(temperature: float, size: int, class_reduction: ClassReduc
     `T^2` keeps the gradient's size whatever the temperature.
     """
     return temperature**2 / (size if class_reduction == "mean" else 1)
-
-
-def softened_kl(
-    student: Float[Tensor, "*S K"], teacher: Float[Tensor, "*S K"], temperature: float
-) -> Float[Tensor, "*S"]:
-    """Return `KL(softmax(teacher / T), softmax(student / T))` over the last axis; the teacher gets no gradient."""
-    log_p = (teacher.detach() / temperature).log_softmax(dim=-1)
-    log_q = (student / temperature).log_softmax(dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)

@@ -6,7 +6,7 @@ from ldctl.models.detector import (
     ModelSpec,
     PostprocessSpec,
     detect,
-    detect_image,
+    final_boxes,
     initialize,
 )
 from ldctl.models.heads import DenseHead, HeadSpec
@@ -28,7 +28,7 @@ __all__ = [
     "TorchvisionSpec",
     "build_backbone",
     "detect",
-    "detect_image",
+    "final_boxes",
     "initialize",
     "load_backbone_weights",
 ]

@@ -1,14 +1,14 @@
 """The detector: images to predictions at every location, and those to final boxes."""
 
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from pydantic import Field
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
 
-from ldctl.boxes import decode_ltrb, expected_distance
+from ldctl.boxes import decode_ltrb, expected_distance, group_nms, rank_in_group
 from ldctl.models.backbone import BackboneSpec, build_backbone
 from ldctl.models.fpn import FPN
 from ldctl.models.heads import NORM_GROUPS, DenseHead, HeadSpec
@@ -16,7 +16,7 @@ from ldctl.models.nms import voting_cluster_diou_nms
 from ldctl.models.resnet import ResNetSpec
 from ldctl.models.weights import initialize_backbone
 from ldctl.schema import Spec
-from ldctl.types import Dense, Detections, Locations
+from ldctl.types import Dense, Detections
 
 STRIDES = (8, 16, 32, 64, 128)
 
@@ -71,7 +71,12 @@ class Detector(nn.Module):
         # The input statistics belong to the code and the spec, not to a weights file.
         self.register_buffer("mean", torch.tensor(self.backbone.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.backbone.std).view(3, 1, 1), persistent=False)
-        self.fpn = FPN(self.backbone.out_channels, spec.channels, has_relu=spec.head.kind == "fcos")
+        self.fpn = FPN(
+            self.backbone.out_channels,
+            spec.channels,
+            has_relu=spec.head.kind == "fcos",
+            is_on_input=spec.head.kind == "retina",
+        )
         self.head = DenseHead(spec.head, spec.channels, num_classes, STRIDES)
 
     def normalize(self, images: UInt8[Tensor, "B 3 H W"], size_hw: Int[Tensor, "B 2"]) -> Float[Tensor, "B 3 H W"]:
@@ -107,7 +112,26 @@ def initialize(detector: Detector) -> str:
     return initialize_backbone(detector.backbone)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Found:
+    """Boxes of a batch in one list: image by image, best first.
+
+    Attributes:
+        image: Index in the batch.
+        xyxy: Pixels.
+        score: In (0, 1).
+        label: Class index.
+    """
+
+    image: Int[Tensor, " N"]
+    xyxy: Float[Tensor, "N 4"]
+    score: Float[Tensor, " N"]
+    label: Int[Tensor, " N"]
+
+    def __getitem__(self, rows: Int[Tensor, " M"]) -> "Found":
+        return Found(self.image[rows], self.xyxy[rows], self.score[rows], self.label[rows])
+
+
 def detect(
     dense: Dense,
     batch_size_hw: Int[Tensor, "B 2"],
@@ -115,7 +139,7 @@ def detect(
     image_id: tuple[int, ...],
     spec: PostprocessSpec,
 ) -> list[Detections]:
-    """Return the final boxes of each image of a batch, in pixels of the stored images, best first.
+    """Return the final boxes of each image of a batch, in pixels of the stored images, best first, on the CPU.
 
     Args:
         dense: Predictions.
@@ -124,62 +148,107 @@ def detect(
         image_id: The images' ids.
         spec: Thresholds.
     """
-    sizes, originals = batch_size_hw.tolist(), original_hw.tolist()  # synchronizes, as everything about boxes does
-    scores, results = dense.score, []
-    for image, (identity, size, original) in enumerate(zip(image_id, sizes, originals, strict=True)):
-        scale_hw = (size[0] / original[0], size[1] / original[1])
-        found = detect_image(scores[image], dense.edge[image], dense.locations, (size[0], size[1]), scale_hw, spec)
-        results.append(Detections(image_id=identity, xyxy=found[0], score=found[1], label=found[2]))
-    return results
+    found = final_boxes(dense, batch_size_hw, batch_size_hw / original_hw, spec)
+    counts = found.image.cpu().bincount(minlength=len(image_id)).tolist()
+    columns = (torch.split(part.cpu(), counts) for part in (found.xyxy, found.score, found.label))
+    # copies: a part would carry its whole batch along to other ranks
+    return [
+        Detections(identity, *(part.clone() for part in parts))
+        for identity, *parts in zip(image_id, *columns, strict=True)
+    ]
 
 
-def detect_image(
-    score: Float[Tensor, "A C"],
-    edge: Float[Tensor, "A 4 R"],
-    locations: Locations,
-    size_hw: tuple[int, int],
-    scale_hw: tuple[float, float],
+@torch.no_grad()
+def final_boxes(
+    dense: Dense,
+    size_hw: Int[Tensor, "B 2"],
+    scale_hw: Float[Tensor, "B 2"],
     spec: PostprocessSpec,
-) -> tuple[Float[Tensor, "N 4"], Float[Tensor, " N"], Int[Tensor, " N"]]:
-    """Return boxes (`xyxy`, pixels of the stored image), scores and labels of one image, best first.
+    is_wanted: Bool[Tensor, " B"] | None = None,
+) -> Found:
+    """Return the final boxes of a batch; those of an image do not depend on the others.
+
+    Synchronises with the host four times, whatever the number of images; but above 25,000 candidates torchvision
+    suppresses class by class.
 
     Args:
-        score: Of each class; see `Dense.score`.
-        edge: Logits of the edge distributions.
-        locations: Where the rows sit.
-        size_hw: Size of the image in the network input; boxes are clipped to it.
-        scale_hw: Pixels of the network input per pixel of the stored image.
+        dense: Predictions.
+        size_hw: Size of each image in the network input, without padding; boxes are clipped to it.
+        scale_hw: What to divide the boxes by: pixels of the network input per pixel of the result.
         spec: Thresholds.
+        is_wanted: Images to look at; all unless given.
 
     Source: mmdet 3, which ranks pairs of location and class (not locations), and drops boxes without extent. Differs
     from it: the score of heads that tell centerness is multiplied with it before candidates are chosen, not after.
     """
-    row, score, label = _candidates(score, locations.level_sizes, spec)
-    ltrb = expected_distance(edge[row])
-    xyxy = decode_ltrb(locations.xy[row], ltrb, locations.stride[row])
-    limit_wh = xyxy.new_tensor((size_hw[1], size_hw[0])).repeat(2)
-    scale_wh = xyxy.new_tensor((scale_hw[1], scale_hw[0])).repeat(2)
-    xyxy = torch.minimum(xyxy.clamp(min=0), limit_wh) / scale_wh
-    has_extent = (xyxy[:, 2:] > xyxy[:, :2]).all(dim=1)
-    xyxy, score, label = xyxy[has_extent], score[has_extent], label[has_extent]
+    found = candidates(dense, size_hw, spec, is_wanted)
+    found = replace(found, xyxy=found.xyxy / scale_hw.flip(-1).repeat(1, 2)[found.image])
+    has_extent = (found.xyxy[:, 2:] > found.xyxy[:, :2]).all(dim=1)
+    found = found[has_extent.nonzero().squeeze(1)]  # synchronises
     if spec.nms == "voting_cluster_diou":
-        return voting_cluster_diou_nms(xyxy, score, label, threshold=spec.nms_iou, limit=spec.max_detections)
-    keep = batched_nms(xyxy, score, label, spec.nms_iou)[: spec.max_detections]
-    return xyxy[keep], score[keep], label[keep]
+        return _vote(found, len(size_hw), spec)
+    group = found.image * dense.cls.shape[-1] + found.label
+    found = found[group_nms(found.xyxy, found.score, group, spec.nms_iou)]
+    return found[(rank_in_group(found.image) < spec.max_detections).nonzero().squeeze(1)]  # synchronises
 
 
-def _candidates(
-    score: Float[Tensor, "A C"], level_sizes: tuple[int, ...], spec: PostprocessSpec
-) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"], Int[Tensor, " N"]]:
-    """Return location, score and class of the best pairs of each level, those above the threshold."""
-    rows, scores, labels = [], [], []
-    start = 0
-    for size in level_sizes:
-        of_level = score[start : start + size]
-        row, label = torch.nonzero(of_level > spec.score_threshold, as_tuple=True)
-        best = of_level[row, label].topk(min(spec.candidates_per_level, row.numel()))
-        rows.append(row[best.indices] + start)
+def candidates(
+    dense: Dense, size_hw: Int[Tensor, "B 2"], spec: PostprocessSpec, is_wanted: Bool[Tensor, " B"] | None = None
+) -> Found:
+    """Return the best pairs of location and class of each level above the threshold, with boxes in the network's input.
+
+    Of equal scores, the finer level comes first, then the upper and the left location, then the lower class; which of
+    those that tie for the last place of a level are taken is left to `topk`.
+
+    Args:
+        dense: Predictions.
+        size_hw: Size of each image without padding; boxes are clipped to it.
+        spec: Thresholds.
+        is_wanted: Images to look at; all unless given.
+    """
+    score, place = best_pairs(dense.score, dense.locations.level_sizes, spec.candidates_per_level)
+    is_candidate = score > spec.score_threshold
+    if is_wanted is not None:
+        is_candidate &= is_wanted[:, None]
+    image, column = is_candidate.nonzero(as_tuple=True)  # synchronises
+    score, place = score[image, column], place[image, column]
+    order = place.argsort()
+    order = order[score[order].argsort(descending=True, stable=True)]
+    order = order[image[order].argsort(stable=True)]
+    image, score, place = image[order], score[order], place[order]
+    num_classes = dense.cls.shape[-1]
+    row = place // num_classes
+    ltrb = expected_distance(dense.edge[image, row])
+    xyxy = decode_ltrb(dense.locations.xy[row], ltrb, dense.locations.stride[row])
+    xyxy = torch.minimum(xyxy.clamp(min=0), size_hw.flip(-1).repeat(1, 2)[image])
+    return Found(image, xyxy, score, place % num_classes)
+
+
+def best_pairs(
+    score: Float[Tensor, "B A C"], level_sizes: tuple[int, ...], count: int
+) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+    """Return score and place of the `count` best pairs of location and class of each level, in no order.
+
+    A place is `location * num_classes + class`.
+    """
+    num_classes = score.shape[-1]
+    scores, places, start = [], [], 0
+    for of_level in torch.split(score, list(level_sizes), dim=1):
+        flat = of_level.flatten(1)
+        best = flat.topk(min(count, flat.shape[1]), dim=1, sorted=False)
         scores.append(best.values)
-        labels.append(label[best.indices])
-        start += size
-    return torch.cat(rows), torch.cat(scores), torch.cat(labels)
+        places.append(best.indices + start * num_classes)
+        start += of_level.shape[1]
+    return torch.cat(scores, dim=1), torch.cat(places, dim=1)
+
+
+def _vote(found: Found, num_images: int, spec: PostprocessSpec) -> Found:
+    """Suppress and vote, image by image."""
+    parts = []
+    for image in range(num_images):
+        one = found[(found.image == image).nonzero().squeeze(1)]
+        xyxy, score, label = voting_cluster_diou_nms(
+            one.xyxy, one.score, one.label, threshold=spec.nms_iou, limit=spec.max_detections
+        )
+        parts.append(Found(torch.full_like(label, image), xyxy, score, label))
+    return Found(*(torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))

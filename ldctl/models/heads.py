@@ -9,9 +9,9 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ldctl.boxes import location_grid
+from ldctl.boxes import SQUARE, location_grid, octave_priors
 from ldctl.schema import Spec
-from ldctl.types import Dense, TowerMaps
+from ldctl.types import Dense, Locations, TowerMaps
 
 NORM_GROUPS = 32  # Source: GFL and ATSS configurations
 CONV_STD = 0.01  # Source: RetinaNet (ICCV 2017, arXiv:1708.02002), 4.1
@@ -27,15 +27,20 @@ class HeadSpec(Spec):
         kind: `"gfl"`: the class logits tell the quality of the box too. `"gflv2"`: the shape of the edge distributions
             tells the quality, which multiplies the scores. `"atss"`: so does a branch that tells how central the
             location is in its object. `"fcos"`: likewise, with locations at the centres of their cells, another rule
-            which of them answer for an object, and one activation more in the pyramid. The originals of these two have
-            no edge distributions.
+            which of them answer for an object, and one activation more in the pyramid. `"retina"`: no quality; nine
+            prior boxes at each cell of a map, each with classes and edges of its own, a rule by their IoU which of them
+            answer for an object, and a pyramid whose map of stride 64 is made from the backbone's. The originals of
+            these three have no edge distributions.
         reg_max: Largest bin of an edge distribution, strides; longer edges cannot be told.
         num_convs: Layers of each tower.
+        norm: Of these layers: `"group"`, or `"none"`, in whose place they have a bias; so has RetinaNet's configuration
+            in the released LD code.
     """
 
-    kind: Literal["gfl", "gflv2", "atss", "fcos"] = "gfl"
+    kind: Literal["gfl", "gflv2", "atss", "fcos", "retina"] = "gfl"
     reg_max: int = Field(default=16, ge=1, le=64)
     num_convs: int = Field(default=4, ge=1, le=8)
+    norm: Literal["group", "none"] = "group"
 
     @property
     def has_centerness(self) -> bool:
@@ -47,6 +52,16 @@ class HeadSpec(Spec):
         """Return how far locations lie from the corners of their cells, in strides."""
         return 0.5 if self.kind == "fcos" else 0.0
 
+    @property
+    def prior_wh(self) -> tuple[tuple[float, float], ...]:
+        """Return width and height of each of a cell's prior boxes, in strides."""
+        return octave_priors() if self.kind == "retina" else SQUARE
+
+    @property
+    def has_quality(self) -> bool:
+        """Return whether the head tells how good a location's box is, whatever its class."""
+        return self.kind not in ("gfl", "retina")
+
     @model_validator(mode="after")
     def _check_bins(self) -> "HeadSpec":
         if self.kind == "gflv2" and self.reg_max + 1 < NUM_TOP:
@@ -55,16 +70,19 @@ class HeadSpec(Spec):
 
 
 class TowerLayer(nn.Module):
-    """Convolution, group norm, ReLU."""
+    """Convolution, group norm (or a bias in its place), ReLU."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, has_norm: bool = True) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
-        self.norm = nn.GroupNorm(NORM_GROUPS, channels)
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=not has_norm)
+        self.norm = nn.GroupNorm(NORM_GROUPS, channels) if has_norm else None
 
     def before_activation(self, feature: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
         """Return what the ReLU reads."""
-        inner, norm = self.conv(feature), self.norm
+        inner: Tensor = self.conv(feature)
+        norm = self.norm
+        if norm is None:
+            return inner
         # Not norm(inner): that refuses one value per group, as 32 channels have on a map of one location.
         return torch.group_norm(inner, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
@@ -76,12 +94,12 @@ class TowerLayer(nn.Module):
 class Tower(nn.ModuleList):
     """Layers shared by all pyramid levels, which can be run in two parts.
 
-    A cut `k` lies behind the norm of the `k`-th layer, counted from 1, and before its activation; at 0 it lies before
-    the first layer.
+    A cut `k` lies behind the norm (or bias) of the `k`-th layer, counted from 1, and before its activation; at 0 it
+    lies before the first layer.
     """
 
-    def __init__(self, channels: int, num_convs: int) -> None:
-        super().__init__(TowerLayer(channels) for _ in range(num_convs))
+    def __init__(self, spec: HeadSpec, channels: int) -> None:
+        super().__init__(TowerLayer(channels, has_norm=spec.norm == "group") for _ in range(spec.num_convs))
 
     def until(self, feature: Float[Tensor, "B D H W"], cut: int) -> Float[Tensor, "B D H W"]:
         """Return the map at the cut."""
@@ -106,7 +124,7 @@ def quality_branch(spec: HeadSpec, channels: int) -> nn.Module | None:
     """
     if spec.has_centerness:
         return nn.Conv2d(channels, 1, kernel_size=3, padding=1)
-    if spec.kind == "gfl":
+    if not spec.has_quality:
         return None
     return nn.Sequential(
         nn.Conv2d(4 * (NUM_TOP + 1), QUALITY_CHANNELS, kernel_size=1),
@@ -131,6 +149,8 @@ def distribution_shape(edge: Float[Tensor, "B _ H W"], num_bins: int) -> Float[T
 class DenseHead(nn.Module):
     """Two towers shared by all levels, and a learned scale per level: an inverse temperature of the edges.
 
+    RetinaNet's has no scales. Where a cell has several prior boxes, its channels are those of one after another.
+
     Source: GFL (NeurIPS 2020, arXiv:2006.04388); the other kinds differ in the quality and the locations alone.
     """
 
@@ -138,12 +158,15 @@ class DenseHead(nn.Module):
         super().__init__()
         self.strides = strides
         self.location_offset = spec.location_offset
+        self.prior_wh = spec.prior_wh
+        self.num_classes = num_classes
         self.num_bins = spec.reg_max + 1
-        self.cls_tower = Tower(channels, spec.num_convs)
-        self.edge_tower = Tower(channels, spec.num_convs)
-        self.cls = nn.Conv2d(channels, num_classes, kernel_size=3, padding=1)
-        self.edge = nn.Conv2d(channels, 4 * self.num_bins, kernel_size=3, padding=1)
-        self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in strides)
+        num_priors = len(self.prior_wh)
+        self.cls_tower = Tower(spec, channels)
+        self.edge_tower = Tower(spec, channels)
+        self.cls = nn.Conv2d(channels, num_priors * num_classes, kernel_size=3, padding=1)
+        self.edge = nn.Conv2d(channels, num_priors * 4 * self.num_bins, kernel_size=3, padding=1)
+        self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in strides if spec.kind != "retina")
         self.has_centerness = spec.has_centerness
         self.quality = quality_branch(spec, channels)
         for module in self.modules():
@@ -160,6 +183,10 @@ class DenseHead(nn.Module):
         )
         return self.resume(towers, cut, features)
 
+    def locations(self, sizes_hw: tuple[tuple[int, int], ...], device: torch.device) -> Locations:
+        """Return where the predictions on maps of these heights and widths sit, finest first."""
+        return location_grid(sizes_hw, self.strides, device, self.location_offset, self.prior_wh)
+
     def resume(self, towers: TowerMaps, cut: int, features: tuple[Float[Tensor, "B _ _ _"], ...]) -> Dense:
         """Return what the rest of the head makes of tower maps at a cut, its own or another head's.
 
@@ -169,13 +196,16 @@ class DenseHead(nn.Module):
             features: What the result says that the head read.
         """
         cls, edge, quality = [], [], []
-        for inner_cls, inner_edge, scale in zip(towers.cls, towers.edge, self.scales, strict=True):
+        num_priors = len(self.prior_wh)
+        for level, (inner_cls, inner_edge) in enumerate(zip(towers.cls, towers.edge, strict=True)):
             cls_map = self.cls(self.cls_tower.after(inner_cls, cut))
             edge_feature = self.edge_tower.after(inner_edge, cut)
             # distributions need float32, also under AMP
-            edge_map = self.edge(edge_feature).float() * scale
-            cls.append(cls_map.permute(0, 2, 3, 1).flatten(1, 2))
-            edge.append(edge_map.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, (4, self.num_bins)))
+            edge_map = self.edge(edge_feature).float()
+            if self.scales:
+                edge_map = edge_map * self.scales[level]
+            cls.append(cls_map.permute(0, 2, 3, 1).unflatten(-1, (num_priors, self.num_classes)).flatten(1, 3))
+            edge.append(edge_map.permute(0, 2, 3, 1).unflatten(-1, (num_priors, 4, self.num_bins)).flatten(1, 3))
             if self.quality is not None:
                 read = edge_feature if self.has_centerness else distribution_shape(edge_map, self.num_bins)
                 quality.append(self.quality(read).flatten(1))
@@ -185,6 +215,6 @@ class DenseHead(nn.Module):
             edge=torch.cat(edge, dim=1),
             features=features,
             towers=towers,
-            locations=location_grid(sizes_hw, self.strides, towers.cls[0].device, self.location_offset),
+            locations=self.locations(sizes_hw, towers.cls[0].device),
             quality=torch.cat(quality, dim=1) if quality else None,
         )

@@ -1,4 +1,4 @@
-"""How much a step of each recipe costs, on one CPU core: `pytest -m bench -s tests/test_bench.py` prints the table."""
+"""How much a step of each recipe costs on one core: `pytest -m bench -s tests/bench/test_recipe_cost.py` shows it."""
 
 import statistics
 import time

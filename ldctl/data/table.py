@@ -1,0 +1,79 @@
+"""Samples as columns: built from single ones, joined, relabelled, hashed."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePath
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+from ldctl.types import Sample, Samples, Table
+
+
+def pack(samples: Iterable[Sample]) -> Samples:
+    """Return the samples as columns, in their order."""
+    rows = list(samples)
+    names, first_byte = pack_names([sample.file for sample in rows])
+    return whole(
+        Table(
+            image_id=np.array([sample.image_id for sample in rows], dtype=np.int64),
+            height=np.array([sample.height for sample in rows], dtype=np.int64),
+            width=np.array([sample.width for sample in rows], dtype=np.int64),
+            is_labelled=np.array([sample.is_labelled for sample in rows], dtype=np.bool_),
+            first_byte=first_byte,
+            names=names,
+            first_object=starts([len(sample.label) for sample in rows]),
+            # the empty array in front: there may be no samples
+            xyxy=np.concatenate([np.zeros((0, 4), np.float32), *(sample.xyxy for sample in rows)]),
+            label=np.concatenate([np.zeros(0, np.int64), *(sample.label for sample in rows)]),
+            area=np.concatenate([np.zeros(0, np.float32), *(sample.area for sample in rows)]),
+            is_crowd=np.concatenate([np.zeros(0, np.bool_), *(sample.is_crowd for sample in rows)]),
+        )
+    )
+
+
+def whole(table: Table) -> Samples:
+    """Return all images of a table, in its order."""
+    return Samples(table, np.arange(len(table.image_id)))
+
+
+def relabelled(samples: Samples, new_label: Int64[np.ndarray, " C"]) -> Samples:
+    """Return the same images with label `l` called `new_label[l]`."""
+    return replace(samples, new_label=new_label if samples.new_label is None else new_label[samples.new_label])
+
+
+def pack_names(names: Sequence[str]) -> tuple[UInt8[np.ndarray, " M"], Int64[np.ndarray, " _"]]:
+    """Return the names' bytes one after another, and where each starts and the last ends."""
+    encoded = [name.encode("utf-8", "surrogatepass") for name in names]  # what is no text comes back as it was
+    return np.frombuffer(b"".join(encoded), dtype=np.uint8), starts([len(name) for name in encoded])
+
+
+def starts(counts: Sequence[int] | Int64[np.ndarray, " _"]) -> Int64[np.ndarray, " _"]:
+    """Return where each of some runs of given lengths starts, and where the last ends."""
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(np.asarray(counts, dtype=np.int64))))
+
+
+def prefix(folder: Path) -> str:
+    """Return what stands before the name of every file in a folder; nothing for the working directory."""
+    return str(folder / "x")[:-1]
+
+
+def fingerprint(classes: tuple[str, ...], category_id: tuple[int, ...], samples: Samples) -> str:
+    """Return a SHA-256 that changes with every class, image id, file name, size and box, and with what is unlabelled.
+
+    Folders do not enter, so that a data set keeps its fingerprint when it moves; nor do pixels.
+    """
+    table, rows = samples.table, samples.rows
+    count = samples.num_objects
+    # the objects of the images one after another: each image's first, and from there on by one
+    mine = np.arange(count.sum()) + np.repeat(table.first_object[rows] - starts(count)[:-1], count)
+    label = table.label[mine] if samples.new_label is None else samples.new_label[table.label[mine]]
+    names = [PurePath(samples.file(position)).name for position in range(len(samples))]
+    digest = hashlib.sha256(repr((classes, category_id, names)).encode("utf-8", "surrogatepass"))
+    for column in (
+        *(table.image_id[rows], samples.height, samples.width, samples.is_labelled, count),
+        *(table.xyxy[mine], label, table.area[mine], table.is_crowd[mine]),
+    ):
+        digest.update(column.tobytes())
+    return digest.hexdigest()
