@@ -30,7 +30,7 @@ from ldctl.errors import CheckpointError, MissingError, SpecError
 from ldctl.models.detector import Detector, ModelSpec, PostprocessSpec, initialize
 from ldctl.pairing import SharedClasses
 from ldctl.run_folder import FAULTS_FILE
-from ldctl.spec import DistillationSpec, DistillSpec, RunSpec, TrainSpec
+from ldctl.spec import AUTO, DistillationSpec, DistillSpec, RunSpec, TrainSpec
 from ldctl.step import Teaching
 from ldctl.trainer import STATE_FILE, Job, shapes
 from ldctl.types import Dataset
@@ -72,7 +72,7 @@ def check_share(section: str, train: TrainSpec, ranks: int) -> None:
         SpecError: They cannot.
     """
     share = ranks * train.accumulate
-    if train.batch % share:
+    if train.batch != AUTO and train.batch % share:
         raise SpecError(
             f"{section}.batch {train.batch} does not divide into {ranks} ranks x {train.accumulate} micro-batches: "
             f"make it a multiple of {share}"

@@ -43,7 +43,7 @@ from ldctl.metrics import Metrics
 from ldctl.models.detector import STRIDES, Detector
 from ldctl.predict import to_device
 from ldctl.regions import vlr_weights
-from ldctl.spec import DistillSpec
+from ldctl.spec import AUTO, DistillSpec
 from ldctl.step import RULES, padded_hw
 from ldctl.trainer import interrupts, stops
 from ldctl.types import Batch, Dataset, Locations, Targets
@@ -73,6 +73,8 @@ def cache_teacher(spec: DistillSpec, target: Path | None, dtype: Dtype, *, quiet
     """
     assert spec.teacher.path is not None, "an argument of the command"
     check_recipe(spec)
+    if spec.train.batch == AUTO:
+        raise SpecError('train.batch is "auto": pass --batch with the number that the run is going to have')
     source = Path(spec.teacher.path)
     target = target or source.with_suffix(SUFFIX)
     checkpoint.check_new(target)
@@ -178,7 +180,7 @@ def header_of(
         has_quality=teacher.head.quality is not None,
         location_offset=teacher.head.location_offset,
         num_locations=len(students_locations(spec, _level_sizes(spec.data), torch.device("cpu")).level),
-        batch=spec.train.batch // spec.train.accumulate,
+        batch=spec.train.batch_size // spec.train.accumulate,
         bf16=bf16,
         versions=checkpoint.package_versions(),
     )

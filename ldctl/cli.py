@@ -84,7 +84,15 @@ Seed = Annotated[
     int | None, typer.Option(help="Initial weights, order, augmentation. [default: 0]", show_default=False)
 ]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the training images. [default: 12]", show_default=False)]
-BatchSize = Annotated[int | None, typer.Option("--batch", help="Images per step. [default: 16]", show_default=False)]
+BatchSize = Annotated[
+    str | None,
+    typer.Option(
+        "--batch",
+        metavar="<int>|auto",
+        help="Images per step; auto: what fits. [default: 16]",
+        show_default=False,
+    ),
+]
 Init = Annotated[
     str | None,
     typer.Option(help="Backbone weights: imagenet, none, or a file. [default: imagenet]", show_default=False),
@@ -141,7 +149,7 @@ def teacher_train(
             "data.path": data,
             "output": output,
             "train.epochs": epochs,
-            "train.batch": batch,
+            "train.batch": _batch(batch),
             "train.seed": seed,
             "device": device,
         }
@@ -274,7 +282,7 @@ def distill(
             "data.path": data,
             "output": output,
             "train.epochs": epochs,
-            "train.batch": batch,
+            "train.batch": _batch(batch),
             "train.seed": seed,
             "device": device,
             "compare": compare or None,
@@ -356,6 +364,16 @@ def _backbone(section: str, name: str | None) -> dict[str, object]:
         return {f"{section}.backbone.depth": DEPTHS[name]}
     kind = "timm" if name.startswith("timm:") else "torchvision"
     return {f"{section}.backbone": {"kind": kind, "name": name.removeprefix("timm:")}}
+
+
+def _batch(text: str | None) -> int | str | None:
+    """Return the images per step that an option names, or that they are to be found."""
+    if text is None or text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"'{text}' is neither a whole number nor auto.", param_hint="'--batch'") from error
 
 
 def _given(flags: dict[str, object]) -> dict[str, object]:

@@ -1,5 +1,7 @@
 """The few facts about other ranks that a step needs; everything degrades to one rank."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+_is_alone = False
+
 
 def rank() -> int:
     """Return this process's rank, 0 without a process group."""
@@ -17,7 +21,18 @@ def rank() -> int:
 
 def world_size() -> int:
     """Return the number of ranks, 1 without a process group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _is_alone else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process compute as if it were the only rank, for what ranks may not all come to the end of."""
+    global _is_alone
+    _is_alone = True
+    try:
+        yield
+    finally:
+        _is_alone = False
 
 
 def reduce_mean(value: Tensor) -> Tensor:

@@ -27,7 +27,6 @@ from ldctl.assemble import (
 )
 from ldctl.cacheable import check_data, default_terms, open_matching
 from ldctl.caching import recorded_metrics
-from ldctl.classes import ClassMatch
 from ldctl.data import DataSpec, open_dataset
 from ldctl.data.check import inspect
 from ldctl.data.synthetic import SyntheticSpec
@@ -36,9 +35,10 @@ from ldctl.evaluation import print_metrics
 from ldctl.export import OnnxExporter
 from ldctl.metrics import Metrics
 from ldctl.metrics import evaluate as evaluate_detections
-from ldctl.models.detector import ModelSpec
+from ldctl.models.detector import ModelSpec, PostprocessSpec
 from ldctl.predict import predict
-from ldctl.run_folder import SPEC_FILE, check_output, open_folder, run_folder
+from ldctl.probe import settle_batch
+from ldctl.run_folder import SPEC_FILE, check_output, open_folder, run_folder, with_saved_batch, write_spec
 from ldctl.spec import (
     AssistantSpec,
     DistillSpec,
@@ -57,6 +57,7 @@ SAME_AP = 0.001  # evaluations of the same weights on the same images differ les
 USELESS_AP = 0.01
 
 S = TypeVar("S", TeacherSpec, DistillSpec, EvalSpec, ExportSpec)
+P = TypeVar("P", TeacherSpec, DistillSpec)
 
 # --- specs ----------------------------------------------------------------------------------------------------------
 
@@ -67,7 +68,8 @@ def teacher_spec(
     """Resolve the spec of `ldctl teacher train`; a resumed run starts from its own."""
     spec = _load(TeacherSpec, preset or _saved_spec(flags, resume), flags, assignments)
     name = _name(preset) if preset else f"teacher-{_short(spec.model)}"
-    return spec if spec.output else spec.model_copy(update={"output": f"runs/{name}"})
+    spec = spec if spec.output else spec.model_copy(update={"output": f"runs/{name}"})
+    return with_saved_batch(spec) if resume else spec
 
 
 def distill_spec(
@@ -80,12 +82,11 @@ def distill_spec(
     if "teacher.cache" in flags and not preset and not resume:
         flags = {"distill.terms": default_terms(), **flags}
     spec = _load(DistillSpec, preset or _saved_spec(flags, resume), flags, assignments)
-    if spec.output:
-        return spec
     parts = [_name(preset)] if preset else []
     if not preset or {"student.backbone", "student.backbone.depth"} & set(flags):  # one recipe serves several students
         parts.append(_short(spec.student))
-    return spec.model_copy(update={"output": f"runs/{'-'.join(parts)}"})
+    spec = spec if spec.output else spec.model_copy(update={"output": f"runs/{'-'.join(parts)}"})
+    return with_saved_batch(spec) if resume else spec
 
 
 def cache_spec(preset: str | None, flags: Mapping[str, object], assignments: Sequence[str]) -> DistillSpec:
@@ -157,6 +158,7 @@ def train_teacher(spec: TeacherSpec, *, resume: bool = False, quiet: bool = Fals
     device = start(spec)
     folder = check_output(spec, resume=resume)
     setting = open_data(spec.data, device, quiet=quiet)
+    spec = settle_batch(spec, "teacher", spec.model, setting)
     open_folder(spec, folder, setting.faults)
     metrics = run(make_job(spec, "teacher", folder, spec.model, setting))
     publish(spec, folder)
@@ -191,10 +193,25 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
         note(str(match))
     open_folder(spec, folder, setting.faults, str(match))
     if cache:
+        path = cache.path
         teaching = Teaching(None, spec.distill, cache.header.teacher_sha256, cache=cache)
-        results = recorded_metrics(cache, setting)
     else:
-        teaching, results = meet_teacher(spec, folder, given, setting, match, resume=resume)
+        path = given or train_own_teacher(spec, folder, setting.labelled, resume=resume)
+        teaching = hire(path, spec.distill, device, match=match, scale=spec.teacher.scale, pseudo=pseudo_spec(spec))
+    asked = spec
+    # what a cache tells takes next to no memory
+    spec = settle_batch(spec, "student", spec.student, setting, None if cache else teaching)
+    write_spec(spec, folder, str(match))
+    results: dict[str, Metrics] = {}
+    if cache:
+        results |= recorded_metrics(cache, setting)
+    elif match.is_complete:
+        results["teacher"] = examine(teaching, path, spec, setting.labelled)
+    else:
+        note("teacher: its classes are not the data's, so its AP on these images is not known")
+    if spec.assistant:
+        results["assistant"] = train_assistant(asked, spec.assistant, path, folder, setting, teaching, resume=resume)
+        teaching = hire(folder / "assistant" / BEST_FILE, spec.distill, device, pseudo=pseudo_spec(spec))
     if spec.compare:
         part = plain_part(spec, "plain", spec.student, spec.train, folder)
         if spec.data.unlabelled:
@@ -207,28 +224,11 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
     return results
 
 
-def meet_teacher(
-    spec: DistillSpec, folder: Path, given: Path | None, setting: Setting, match: ClassMatch, *, resume: bool
-) -> tuple[Teaching, dict[str, Metrics]]:
-    """Load and examine the teacher, after training it where there is none; then let its assistant learn from it.
-
-    Returns:
-        Who teaches the student, and the metrics of the teacher and of its assistant.
-    """
-    path = given or train_own_teacher(spec, folder, setting.labelled, resume=resume)
-    pseudo = None
-    if spec.data.unlabelled:
-        pseudo = spec.postprocess.model_copy(update={"score_threshold": spec.distill.pseudo_score})
-    teaching = hire(path, spec.distill, setting.device, match=match, scale=spec.teacher.scale, pseudo=pseudo)
-    results = {}
-    if match.is_complete:
-        results["teacher"] = examine(teaching, path, spec, setting.labelled)
-    else:
-        note("teacher: its classes are not the data's, so its AP on these images is not known")
-    if spec.assistant:
-        results["assistant"] = train_assistant(spec, spec.assistant, path, folder, setting, teaching, resume=resume)
-        teaching = hire(folder / "assistant" / BEST_FILE, spec.distill, setting.device, pseudo=pseudo)
-    return teaching, results
+def pseudo_spec(spec: DistillSpec) -> PostprocessSpec | None:
+    """Return which detections of the teacher stand for objects in unlabelled images; none where there are no such."""
+    if spec.data.unlabelled is None:
+        return None
+    return spec.postprocess.model_copy(update={"score_threshold": spec.distill.pseudo_score})
 
 
 def examine(teaching: Teaching, path: Path, spec: DistillSpec, setting: Setting) -> Metrics:
@@ -244,7 +244,7 @@ def examine(teaching: Teaching, path: Path, spec: DistillSpec, setting: Setting)
             setting.val_set,
             spec.data.scaled(spec.teacher.scale),
             spec.postprocess,
-            batch_size=max(int(spec.train.batch / share), 1),
+            batch_size=max(int(spec.train.batch_size / share), 1),
             device=setting.device,
             on_batch=lambda done, total: status.update(f"teacher: image {done} of {total}"),
         )
@@ -322,12 +322,15 @@ def plain_part(spec: DistillSpec, name: str, model: ModelSpec, train: TrainSpec,
 
 
 def train_part(
-    part: RunSpec, name: str, model: ModelSpec, setting: Setting, teaching: Teaching | None = None, *, resume: bool
+    part: P, name: str, model: ModelSpec, setting: Setting, teaching: Teaching | None = None, *, resume: bool
 ) -> Metrics:
     """Train a detector as part of a distillation run, in a folder of its own."""
     folder = Path(part.output or "")
     is_begun = resume and (folder / SPEC_FILE).exists()
-    open_folder(part, check_output(part, resume=is_begun), ())
+    part = with_saved_batch(part) if is_begun else part
+    check_output(part, resume=is_begun)
+    part = settle_batch(part, name, model, setting, teaching)
+    open_folder(part, folder, ())
     return run(make_job(part, name, folder, model, setting, teaching))
 
 

@@ -5,13 +5,16 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from ldctl import distributed, toml
 from ldctl.errors import OutputError, SpecError
 from ldctl.files import write_whole
 from ldctl.locks import is_locked
-from ldctl.spec import RunSpec
+from ldctl.spec import AUTO, RunSpec, TrainSpec
 from ldctl.toml_text import literal
+
+S = TypeVar("S", bound=RunSpec)
 
 SPEC_FILE = "spec.toml"
 HEADER = "# The resolved spec of this run, written by ldctl.\n\n"
@@ -91,11 +94,30 @@ def open_folder(spec: RunSpec, folder: Path, faults: tuple[str, ...], remark: st
             _lock(folder)
         except OSError as error:
             raise OutputError(f"{folder}: cannot be written ({error.strerror}): pass another --output") from error
-        comment = f"# {' '.join(remark.split())}\n\n" if remark else ""
-        write_whole(folder / SPEC_FILE, (HEADER + comment + toml.dumps(spec)).encode())
+        write_spec(spec, folder, remark)
         if faults:
             write_whole(folder / FAULTS_FILE, "".join(f"{fault}\n" for fault in faults).encode())
     distributed.barrier()
+
+
+def write_spec(spec: RunSpec, folder: Path, remark: str = "") -> None:
+    """Write what is to be run; see `open_folder`."""
+    if distributed.is_main():
+        comment = f"# {' '.join(remark.split())}\n\n" if remark else ""
+        write_whole(folder / SPEC_FILE, (HEADER + comment + toml.dumps(spec)).encode())
+
+
+def with_saved_batch(spec: S) -> S:
+    """Return the spec of a run to resume with the batch that it was begun with, where the spec says `"auto"`."""
+    saved = run_folder(spec.output or "") / SPEC_FILE
+    if spec.train.batch != AUTO or not saved.is_file():
+        return spec
+    try:
+        batch = tomllib.loads(saved.read_text())["train"]["batch"]
+        train = TrainSpec.model_validate({**dict(spec.train), "batch": batch})
+    except (OSError, ValueError, LookupError, TypeError):  # what is wrong with it is said where all of it is compared
+        return spec
+    return spec.model_copy(update={"train": train})
 
 
 def _holds_results(folder: Path) -> bool:

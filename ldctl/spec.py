@@ -22,6 +22,7 @@ from ldctl.regions import RegionSpec
 from ldctl.schema import Spec
 from ldctl.toml_text import literal
 
+AUTO: Literal["auto"] = "auto"  # a batch that is tried out before the run
 SCALES = (0.5, 1.0, 2.0)  # powers of two; at 4 no more than three of five levels would have a partner
 
 
@@ -58,7 +59,8 @@ class TrainSpec(Spec):
 
     Attributes:
         epochs: Passes over the training images.
-        batch: Images per optimizer step, over all ranks and accumulated micro-batches.
+        batch: Images per optimizer step, over all ranks and accumulated micro-batches. `"auto"` takes what fits into
+            memory, see `probe.py`; once a run has begun, its spec holds the number.
         accumulate: Micro-batches per optimizer step; divides the batch of a rank. The class losses are divided by what
             the whole batch holds; the box losses' divisor depends on predictions and is summed per micro-batch, `kd`
             and `imitation` average over pairs of images of one micro-batch, the `crosskd` terms align and `pkd`
@@ -77,7 +79,7 @@ class TrainSpec(Spec):
     """
 
     epochs: int = Field(default=12, ge=1, le=1_000_000)
-    batch: int = Field(default=16, ge=1)
+    batch: int | Literal["auto"] = 16
     accumulate: int = Field(default=1, ge=1)
     optim: OptimSpec = OptimSpec()
     schedule: ScheduleSpec = ScheduleSpec()
@@ -89,11 +91,24 @@ class TrainSpec(Spec):
     log_every: int = Field(default=20, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
+    @field_validator("batch")
+    @classmethod
+    def _check_images(cls, batch: int | Literal["auto"]) -> int | Literal["auto"]:
+        if batch != AUTO and batch < 1:
+            raise ValueError(f"must be greater than or equal to 1, given {batch}")
+        return batch
+
     @model_validator(mode="after")
     def _check_batch(self) -> "TrainSpec":
-        if self.batch % self.accumulate:
+        if self.batch != AUTO and self.batch % self.accumulate:
             raise ValueError(f"batch {self.batch} does not divide into {self.accumulate} micro-batches (accumulate)")
         return self
+
+    @property
+    def batch_size(self) -> int:
+        """Return the batch, which is a number by now."""
+        assert self.batch != AUTO, "settled before the run"
+        return self.batch
 
 
 class DistillationSpec(RegionSpec):

@@ -113,7 +113,7 @@ class Trainer:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.steps_per_epoch = num_steps(job.train_set, job.train.batch, canvas=job.data.canvas)
+        self.steps_per_epoch = num_steps(job.train_set, job.train.batch_size, canvas=job.data.canvas)
         self.total_steps = self.steps_per_epoch * job.train.epochs
         self.learner = Learner(job.detector, job.teaching).to(job.device)
         modules = {"student": job.detector, "adapters": self.learner.adapters}
@@ -177,7 +177,7 @@ class Trainer:
         batches = train_batches(
             job.train_set,
             job.data,
-            batch_size=train.batch,
+            batch_size=train.batch_size,
             seed=train.seed,
             epoch=epoch,
             first_step=first_step,
@@ -199,7 +199,7 @@ class Trainer:
             waited += time.monotonic() - mark
             self.pending.append(self._optimize(batch))
             self.step += 1
-            unseen += train.batch
+            unseen += train.batch_size
             if self.shares:
                 log.write(progress.gradients(epoch=epoch + 1, step=self.step, shares=self.shares))
                 self.shares = {}
@@ -225,7 +225,7 @@ class Trainer:
         """Take one optimizer step; return its losses, detached and still on the device."""
         job, train = self.job, self.job.train
         factor = lr_factor(train.schedule, self.step, self.steps_per_epoch, train.epochs)
-        set_lr(self.optimizer, scaled_lr(train.optim, train.batch) * factor)
+        set_lr(self.optimizer, scaled_lr(train.optim, train.batch_size) * factor)
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         parts = split(batch, train.accumulate)
@@ -307,7 +307,7 @@ class Trainer:
             job.val_set,
             job.data,
             job.postprocess,
-            batch_size=max(job.train.batch // distributed.world_size() // job.train.accumulate, 1),
+            batch_size=max(job.train.batch_size // distributed.world_size() // job.train.accumulate, 1),
             device=job.device,
             on_batch=on_batch,
         )

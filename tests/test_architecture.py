@@ -32,7 +32,7 @@ LAYERS = (
     {"step", "predict", "cacheable"},
     {"trainer", "run_folder"},
     {"assemble"},
-    {"caching", "evaluation"},
+    {"caching", "evaluation", "probe"},
     {"engine", "exchange"},
     {"cli"},
     {"__main__"},

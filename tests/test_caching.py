@@ -224,6 +224,15 @@ def test_only_what_the_recipe_looks_at_is_kept(data: Path, teacher: Path, tmp_pa
     assert classes.num_cls.sum() > 0 == classes.num_edge.sum()
 
 
+def test_a_batch_that_is_tried_out(data: Path, teacher: Path, cache: Path, tmp_path: Path) -> None:
+    """Without the teacher, which is not there; but a cache is built with the number of images of the run."""
+    run = distill_spec(tmp_path / "run", data, teacher__cache=str(cache), train__batch="auto", train__epochs=1)
+    assert "student" in engine.distill(run, quiet=True)
+    with pytest.raises(SpecError) as caught:
+        make(tmp_path / "t.cache", data, teacher, train__batch="auto")
+    assert str(caught.value) == 'train.batch is "auto": pass --batch with the number that the run is going to have'
+
+
 def slow_builder(pause: float) -> None:
     original = CacheWriter.append
 

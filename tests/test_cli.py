@@ -165,7 +165,7 @@ def test_every_fault_of_a_spec_at_once(ldctl: Callable[[str], Ran], tmp_path: Pa
     assert ran.err == (
         "error: bad.toml: teacher: no teacher: pass --teacher FILE, or say in [teacher.model] what to train first\n"
         "bad.toml:2: train.epoch: unknown key; did you mean 'epochs'?\n"
-        'bad.toml:3: train.batch: expected a whole number, given "4"\n'
+        "bad.toml:3: train.batch: expected a whole number or 'auto', given \"4\"\n"
         "bad.toml:6: student.channels: must be a multiple of 32, given 33\n"
         "bad.toml:9: data.flip: must be less than or equal to 1, given 2\n"
         "--set distill.terms.0.wieght=1: distill.terms.0.wieght: unknown key; did you mean 'weight'?\n"
@@ -822,6 +822,21 @@ def test_options_reach_the_spec(ldctl: Callable[[str], Ran]) -> None:
     assert 'output = "runs/r34"' in lines
     for command, folder in (("quickstart", "quickstart"), ("pkd", "pkd"), ("pkd --student r18", "pkd-r18")):
         assert f'output = "runs/{folder}"' in ldctl(f"distill --preset {command} --dry-run").out.splitlines()
+
+
+def test_batch_is_a_number_or_auto(ldctl: Callable[[str], Ran]) -> None:
+    assert 'batch = "auto"' in ldctl("teacher train --batch auto --dry-run").out.splitlines()
+    ran = ldctl("teacher train --batch many --dry-run")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.endswith("Error: Invalid value for '--batch': 'many' is neither a whole number nor auto.\n")
+    ran = ldctl("teacher train --batch 0 --set train.accumulate=2")
+    message = "error: command line: train.batch: must be greater than or equal to 1, given 0\n"
+    assert ran == Ran(3, "", message)
+    ran = ldctl("teacher train --set train.batch=atuo")
+    assert ran.err == (
+        "error: --set train.batch=atuo: train.batch: expected a whole number or 'auto', given \"atuo\"; "
+        "did you mean 'auto'?\n"
+    )
 
 
 def test_data_wins_over_a_generated_set(ldctl: Callable[[str], Ran], teacher: Path) -> None:

@@ -22,7 +22,6 @@ from onnx.helper import set_model_props
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImplementedByRuntime
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.onnx import OnnxExporterError
 
 from ldctl import __version__
@@ -49,8 +48,13 @@ class Exportable(Protocol):
     def strides(self) -> tuple[int, ...]:
         """Pixels between neighbouring locations, per pyramid level."""
 
-    def normalize(self, images: UInt8[Tensor, "B 3 H W"], size_hw: Int[Tensor, "B 2"]) -> Float[Tensor, "B 3 H W"]:
-        """Return the network's input: zero beyond each image's own size."""
+    @property
+    def mean(self) -> Float[Tensor, "3 1 1"]:
+        """What is subtracted from an image's red, green and blue."""
+
+    @property
+    def std(self) -> Float[Tensor, "3 1 1"]:
+        """What they are then divided by."""
 
     def __call__(self, images: Float[Tensor, "B 3 H W"]) -> Dense:
         """Predict from normalized images."""
@@ -124,7 +128,7 @@ class OnnxExporter(Spec):
 
 
 class _Network(nn.Module):
-    """From resized pixels to the candidates of every level, boxes in pixels of the given image."""
+    """From normalized images to the candidates of every level, boxes in pixels of the given image."""
 
     def __init__(self, detector: Exportable, postprocess: Postprocess) -> None:
         super().__init__()
@@ -132,14 +136,15 @@ class _Network(nn.Module):
         self.postprocess = postprocess
 
     def forward(
-        self, pixels: UInt8[Tensor, "B 3 H W"], size_hw: Int[Tensor, "2"], original_hw: Int[Tensor, "2"]
+        self, images: Float[Tensor, "B 3 H W"], size_hw: Int[Tensor, "2"], original_hw: Int[Tensor, "2"]
     ) -> tuple[Float[Tensor, "B N 4"], Float[Tensor, "B C N"], Float[Tensor, "B N"], Int[Tensor, "B N"]]:
         """Return boxes, scores by class, scores and labels; a score is 0 where the candidate does not count."""
-        dense = self.detector(self.detector.normalize(pixels, size_hw.expand(pixels.shape[0], 2)))
+        dense = self.detector(images)
         row, score, label = self._candidates(dense)
+        image = torch.arange(row.shape[0]).unsqueeze(1)
+        edge = dense.edge.flatten(0, 1)[image * dense.edge.shape[1] + row]
         locations = dense.locations
-        xyxy = decode_ltrb(locations.xy, expected_distance(dense.edge), locations.stride)
-        xyxy = xyxy.gather(1, row.unsqueeze(-1).expand(-1, -1, 4))
+        xyxy = decode_ltrb(locations.xy[row], expected_distance(edge), locations.stride[row])
         scale_wh = (size_hw.double() / original_hw.double()).float().flip(0).repeat(2)
         xyxy = torch.minimum(xyxy.clamp(min=0), size_hw.float().flip(0).repeat(2)) / scale_wh
         has_extent = (xyxy[..., 2:] > xyxy[..., :2]).all(dim=-1)
@@ -149,18 +154,27 @@ class _Network(nn.Module):
         return xyxy, by_class, score, label
 
     def _candidates(self, dense: Dense) -> tuple[Int[Tensor, "B N"], Float[Tensor, "B N"], Int[Tensor, "B N"]]:
-        """Return location, score and class of the best pairs of each level, as many of each, filled up with score 0."""
-        rows, scores, labels = [], [], []
-        count, num_classes = self.postprocess.candidates_per_level, self.detector.num_classes
-        start = 0
+        """Return location, score and class of the best pairs of each level.
+
+        As many of each level as the image with the most above the threshold has there, at least one: boxes are decoded
+        and compared for these few only, not for every location.
+        """
+        pairs, scores = [], []
+        start, num_classes = 0, self.detector.num_classes
         sizes = dense.locations.level_sizes
         for size, of_level in zip(sizes, torch.split(dense.score, list(sizes), dim=1), strict=True):
-            best = pad(of_level.flatten(1), (0, count)).topk(count)
-            rows.append((best.indices // num_classes).clamp(max=size - 1) + start)
+            score = of_level.flatten(1)
+            # counted in float32, which is exact up to 2^24 and what ONNX Runtime adds up fastest
+            above = (score > self.postprocess.score_threshold).float().sum(dim=1).amax(dim=0).long()
+            count = torch.sym_int(above.clamp(min=1, max=self.postprocess.candidates_per_level).item())
+            torch._check(count >= 1)  # torch.export cannot know either
+            torch._check(count <= score.shape[1])
+            best = score.topk(count)
+            pairs.append(best.indices + start * num_classes)
             scores.append(best.values)
-            labels.append(best.indices % num_classes)
             start += size
-        return torch.cat(rows, dim=1), torch.cat(scores, dim=1), torch.cat(labels, dim=1)
+        pair = torch.cat(pairs, dim=1)
+        return pair // num_classes, torch.cat(scores, dim=1), pair % num_classes
 
 
 def build(
@@ -182,9 +196,10 @@ def build(
         raise ExportError(f"weights of {size / 1e9:.1f} GB do not fit one ONNX file (2.1 GB): use a narrower backbone")
     core = _trace(network, opset)
     limit = min(postprocess.max_detections, len(detector.strides) * postprocess.candidates_per_level)
-    resize = resize_graph(core.ir_version, opset, short_side, long_side)
+    mean, std = (color.flatten().tolist() for color in (detector.mean, detector.std))
+    resize = resize_graph(core.ir_version, opset, short_side, long_side, mean, std)
     select = select_graph(core.ir_version, opset, limit, postprocess.nms_iou)
-    inputs = [("resize_pixels", "pixels"), ("resize_size", "size_hw"), ("resize_original", "original_hw")]
+    inputs = [("resize_input", "input"), ("resize_size", "size_hw"), ("resize_original", "original_hw")]
     outputs = [(f"core_{name}", f"select_{name}") for name in ("xyxy", "by_class", "score", "label")]
     model = merge_models(merge_models(resize, core, io_map=inputs), select, io_map=outputs, name="ldctl")
     model.producer_name, model.producer_version = "ldctl", __version__
@@ -207,7 +222,7 @@ def build(
 
 def _trace(network: _Network, opset: int) -> ModelProto:
     """Let torch export the network for any batch and any size."""
-    example = (torch.zeros(2, 3, 256, 384, dtype=torch.uint8), torch.tensor([250, 380]), torch.tensor([500, 760]))
+    example = (torch.zeros(2, 3, 256, 384), torch.tensor([250, 380]), torch.tensor([500, 760]))
     dynamic = torch.export.Dim.DYNAMIC
     with _quiet():
         try:
@@ -217,7 +232,7 @@ def _trace(network: _Network, opset: int) -> ModelProto:
                 dynamo=True,
                 verbose=False,
                 opset_version=opset,
-                input_names=["pixels", "size_hw", "original_hw"],
+                input_names=["input", "size_hw", "original_hw"],
                 output_names=["core_xyxy", "core_by_class", "core_score", "core_label"],
                 dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic}, None, None),
             )

@@ -160,6 +160,7 @@ class DeformableConv2d(nn.Module):
         super().__init__()
         self.stride = plain.stride[0]
         self.weight = plain.weight
+        self.bias = plain.bias  # none, unless a norm was folded into it
         self.conv_offset = nn.Conv2d(plain.in_channels, 2 * 9, kernel_size=3, stride=self.stride, padding=1)
         for parameter in self.conv_offset.parameters():
             nn.init.zeros_(parameter)
@@ -167,7 +168,7 @@ class DeformableConv2d(nn.Module):
     def forward(self, feature: Float[Tensor, "B _ _ _"]) -> Float[Tensor, "B _ _ _"]:
         """Return what the plain convolution would return, but for its inputs' places."""
         offset = self.conv_offset(feature)
-        output: Tensor = deform_conv2d(feature, offset, self.weight, stride=self.stride, padding=1)
+        output: Tensor = deform_conv2d(feature, offset, self.weight, self.bias, stride=self.stride, padding=1)
         return output
 
 
