@@ -20,7 +20,7 @@ from ldctl.data import DataSpec, check, in_class_order, index, open_dataset
 from ldctl.data.check import inspect
 from ldctl.data.coco import read_coco
 from ldctl.data.raw import Split
-from ldctl.data.table import fingerprint, pack, relabelled
+from ldctl.data.table import fingerprint, joined, pack, relabelled
 from ldctl.errors import DataError
 from ldctl.types import Dataset, Sample
 
@@ -116,6 +116,19 @@ def test_columns_give_back_what_was_packed(tmp_path: Path) -> None:
         with pytest.raises(IndexError):
             some[position]
     assert len(pack([])) == 0
+
+
+def test_joined_columns_are_those_of_all_images(root: Path) -> None:
+    """Of a mapped table, of some of its images with other labels, and of images without a folder in common."""
+    mapped = opened(root).samples
+    some = relabelled(mapped.take(np.array([4, 0, 0])), np.array([1, 0]))
+    others = pack([replace(sample, file="elsewhere/x.jpg", is_labelled=False) for sample in mapped[:2]])
+    both = joined(mapped, some, mapped[:0], others)
+    assert content(both) == content([*mapped, *some, *others])
+    columns, expected = (vars(samples.table) for samples in (both, pack([*mapped, *some, *others])))
+    for name in columns.keys() - {"prefix", "reopen"}:
+        np.testing.assert_array_equal(columns[name], expected[name])
+        assert columns[name].dtype == expected[name].dtype
 
 
 def test_a_fingerprint_is_of_what_the_images_hold_not_of_how_they_are_stored(tmp_path: Path) -> None:
