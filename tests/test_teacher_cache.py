@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import runs
 
+import ldctl.files
 from ldctl.data import cache_writer
 from ldctl.data.cache_writer import CacheWriter, partial_path
 from ldctl.data.teacher_cache import CacheHeader, TeacherCache, ViewRows, open_cache
@@ -307,7 +308,10 @@ def test_a_target_that_came_meanwhile_is_not_replaced(
     target.unlink()
     again = CacheWriter(target, header(), PLAN)
     assert again.num_done == len(PLAN)
+    synced: list[Path] = []
+    monkeypatch.setattr(ldctl.files, "_sync_folder", synced.append)
     again.finish()
+    assert synced == [tmp_path]
     again.close()
     assert target.read_bytes() == cache_file.read_bytes()
     assert not partial_path(target).exists()
