@@ -30,10 +30,10 @@ from ldctl.errors import CheckpointError, MissingError, SpecError
 from ldctl.models.detector import Detector, ModelSpec, PostprocessSpec, initialize
 from ldctl.pairing import SharedClasses
 from ldctl.run_folder import FAULTS_FILE
+from ldctl.samples import Dataset
 from ldctl.spec import AUTO, DistillationSpec, DistillSpec, RunSpec, TrainSpec
 from ldctl.step import Teaching
 from ldctl.trainer import STATE_FILE, Job, shapes
-from ldctl.types import Dataset
 
 SHOWN_FAULTS = 20
 

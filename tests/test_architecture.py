@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "ldctl"
 FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
-    {"errors", "types", "toml_text", "locks"},
+    {"errors", "types", "samples", "toml_text", "locks"},
     {"boxes", "fused", "curves", "schema", "keys", "distributed", "toml", "files"},
     {
         "assign",
