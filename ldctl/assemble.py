@@ -26,12 +26,13 @@ from ldctl.data import (
     read_unlabelled,
 )
 from ldctl.data.check import inspect
+from ldctl.distillation import DistillationSpec
 from ldctl.errors import CheckpointError, MissingError, SpecError
 from ldctl.models.detector import Detector, ModelSpec, PostprocessSpec, initialize
 from ldctl.pairing import SharedClasses
 from ldctl.run_folder import FAULTS_FILE
 from ldctl.samples import Dataset
-from ldctl.spec import AUTO, DistillationSpec, DistillSpec, RunSpec, TrainSpec
+from ldctl.spec import AUTO, DistillSpec, RunSpec, TrainSpec
 from ldctl.step import Teaching
 from ldctl.trainer import STATE_FILE, Job, shapes
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "ldctl"
 FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
     {"errors", "types", "samples", "toml_text", "locks"},
-    {"boxes", "fused", "curves", "schema", "keys", "distributed", "toml", "files"},
+    {"boxes", "fused", "curves", "schema", "keys", "distributed", "toml", "files", "preset_files"},
     {
         "assign",
         "regions",
@@ -28,6 +28,7 @@ LAYERS = (
         "optim",
         "log",
     },
+    {"distillation"},
     {"spec"},
     {"step", "predict", "cacheable"},
     {"trainer", "run_folder"},

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scenes import random_targets
 
-from ldctl import checkpoint, spec
+from ldctl import checkpoint, preset_files, spec
 from ldctl.caching import cache_teacher
 from ldctl.checkpoint import CheckpointMeta
 from ldctl.data import DataSpec, open_dataset
@@ -22,7 +22,7 @@ from ldctl.spec import DistillSpec, TeacherSpec
 from ldctl.step import Learner, Teaching, training_losses
 from ldctl.types import Batch
 
-RECIPES = tuple(name for name in spec.preset_names() if name.startswith("small") and name != "small-teacher")
+RECIPES = tuple(name for name in preset_files.preset_names() if name.startswith("small") and name != "small-teacher")
 HEIGHT, WIDTH, IMAGES, CLASSES, ROUNDS = 256, 320, 8, 3, 7
 
 
