@@ -34,7 +34,7 @@ LAYERS = (
     {"trainer", "run_folder"},
     {"assemble"},
     {"caching", "evaluation", "probe"},
-    {"engine", "exchange"},
+    {"engine", "exchange", "options"},
     {"cli"},
     {"__main__"},
 )

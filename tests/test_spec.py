@@ -295,7 +295,7 @@ def test_flags_are_left_as_they_are() -> None:
 
 
 def test_presets_are_found_by_name_and_by_path(tmp_path: Path) -> None:
-    assert preset_files.find_preset("quickstart") == presets.preset_folder() / "quickstart.toml"
+    assert preset_files.find_preset("quickstart") == preset_files.preset_folder() / "quickstart.toml"
     (tmp_path / "quickstart.toml").write_text("")
     assert preset_files.find_preset(str(tmp_path / "quickstart.toml")) == tmp_path / "quickstart.toml"
     names = ", ".join(preset_files.preset_names())
