@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
+from torch import nn
 
 from ldctl import checkpoint, distributed, toml
 from ldctl.checkpoint import CheckpointMeta
@@ -29,6 +30,7 @@ from ldctl.data.check import inspect
 from ldctl.distillation import DistillationSpec
 from ldctl.errors import CheckpointError, MissingError, SpecError
 from ldctl.models.detector import Detector, ModelSpec, PostprocessSpec, initialize
+from ldctl.models.fold import fold_batch_norm
 from ldctl.pairing import SharedClasses
 from ldctl.run_folder import FAULTS_FILE
 from ldctl.samples import Dataset
@@ -37,6 +39,7 @@ from ldctl.step import Teaching
 from ldctl.trainer import STATE_FILE, Job, shapes
 
 SHOWN_FAULTS = 20
+SAFE_CHANNELS = 32  # twice as many as crashed; see `lay_out`
 
 
 def note(text: str) -> None:
@@ -210,13 +213,27 @@ def load_detector(path: Path) -> tuple[Detector, CheckpointMeta]:
     return detector, loaded.meta
 
 
-def place(detector: Detector, device: torch.device) -> Detector:
-    """Move a detector; on a GPU into the memory format that its matrix units read.
+def lay_out(detector: Detector, device: torch.device, *, is_trained: bool) -> Detector:
+    """Move a detector to a device, in the memory format that its convolutions are fastest in: channels last.
 
-    Not so on a CPU, where torch 2.14 crashes in the backward pass of narrow detectors in that format.
+    On a CPU a trained backbone with narrow strided 1x1 convolutions keeps the usual format: torch 2.14 crashes in their
+    backward pass below 16 channels.
     """
     detector = detector.to(device)
-    return detector.to(memory_format=torch.channels_last) if device.type == "cuda" else detector
+    strided = [part for part in detector.backbone.modules() if isinstance(part, nn.Conv2d) and part.stride != (1, 1)]
+    is_narrow = any(part.kernel_size == (1, 1) and part.in_channels < SAFE_CHANNELS for part in strided)
+    if not (is_trained and is_narrow and device.type == "cpu"):
+        detector.backbone.to(memory_format=torch.channels_last)
+    for part in (detector.fpn, detector.head):
+        part.to(memory_format=torch.channels_last)
+    return detector
+
+
+def frozen(detector: Detector, device: torch.device) -> Detector:
+    """Make a teacher of a detector: nothing of it trains, so that its batch norms can be part of its convolutions."""
+    detector = detector.eval().requires_grad_(False)
+    detector.backbone = fold_batch_norm(detector.backbone)
+    return lay_out(detector, device, is_trained=False)
 
 
 def check_initial_weights(models: Iterable[ModelSpec]) -> None:
@@ -291,7 +308,7 @@ def hire(
         )
         shared = SharedClasses(student_class, teacher_class)
     return Teaching(
-        teacher=place(teacher.eval().requires_grad_(False), device),
+        teacher=frozen(teacher, device),
         spec=distill,
         sha256=checkpoint.sha256(path),
         shared=shared,
@@ -338,7 +355,7 @@ def make_job(
     return Job(
         name=name,
         folder=folder,
-        detector=place(detector, setting.device),
+        detector=lay_out(detector, setting.device, is_trained=True),
         teaching=teaching,
         train=spec.train,
         data=spec.data,

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ldctl import checkpoint
-from ldctl.assemble import Setting, choose_device, compare_classes, load_detector, note, note_faults, place
+from ldctl.assemble import Setting, choose_device, compare_classes, frozen, load_detector, note, note_faults
 from ldctl.assign import assign
 from ldctl.boxes import PAD_MULTIPLE, location_grid
 from ldctl.cacheable import (
@@ -81,7 +81,7 @@ def cache_teacher(spec: DistillSpec, target: Path | None, dtype: Dtype, *, quiet
     checkpoint.check_new(target)
     device = choose_device(spec.device)
     loaded, meta = load_detector(source)
-    teacher = place(loaded.eval().requires_grad_(False), device)
+    teacher = frozen(loaded, device)
     inspection = inspect(open_dataset(spec.data, "train"))
     note_faults([str(fault) for fault in inspection.faults])
     dataset = inspection.dataset

@@ -159,7 +159,7 @@ def train_teacher(spec: TeacherSpec, *, resume: bool = False, quiet: bool = Fals
     folder = check_output(spec, resume=resume)
     setting = open_data(spec.data, device, quiet=quiet)
     spec = settle_batch(spec, "teacher", spec.model, setting)
-    open_folder(spec, folder, setting.faults)
+    open_folder(spec, folder, setting.faults, resume=resume)
     metrics = run(make_job(spec, "teacher", folder, spec.model, setting))
     publish(spec, folder)
     print_metrics({"teacher": metrics})
@@ -191,7 +191,7 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
         check_initial_weights(model for model in models if model)
     if str(match):
         note(str(match))
-    open_folder(spec, folder, setting.faults, str(match))
+    open_folder(spec, folder, setting.faults, str(match), resume=resume)
     if cache:
         path = cache.path
         teaching = Teaching(None, spec.distill, cache.header.teacher_sha256, cache=cache)
@@ -330,7 +330,7 @@ def train_part(
     part = with_saved_batch(part) if is_begun else part
     check_output(part, resume=is_begun)
     part = settle_batch(part, name, model, setting, teaching)
-    open_folder(part, folder, ())
+    open_folder(part, folder, (), resume=is_begun)
     return run(make_job(part, name, folder, model, setting, teaching))
 
 

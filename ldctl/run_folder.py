@@ -58,10 +58,7 @@ def check_output(spec: RunSpec, *, resume: bool) -> Path:
             raise OutputError(f"{folder}: holds no run to resume: mend --output, or leave out --resume")
         _check_same(spec, saved)
         return folder
-    # a spec without the header is the user's own work
-    is_ours = saved.is_file() and saved.read_text(errors="replace").startswith(HEADER)
-    if saved.is_file() and (not is_ours or _holds_results(folder)):
-        raise OutputError(f"{folder}: holds a run already: continue it with --resume, or pass another --output")
+    is_ours = _check_free(folder)
     found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     if folder.is_file() or not (is_ours or found <= START_FILES):
         raise OutputError(f"{folder}: exists and holds something else: pass another --output")
@@ -75,7 +72,22 @@ def check_output(spec: RunSpec, *, resume: bool) -> Path:
     return folder
 
 
-def open_folder(spec: RunSpec, folder: Path, faults: tuple[str, ...], remark: str = "") -> None:
+def _check_free(folder: Path) -> bool:
+    """Return whether the folder holds what is left of a run that computed nothing.
+
+    Raises:
+        OutputError: It holds a run that computed something, or a user's own spec.
+    """
+    saved = folder / SPEC_FILE
+    if not saved.is_file():
+        return False
+    # a spec without the header is the user's own work
+    if not saved.read_text(errors="replace").startswith(HEADER) or _holds_results(folder):
+        raise OutputError(f"{folder}: holds a run already: continue it with --resume, or pass another --output")
+    return True
+
+
+def open_folder(spec: RunSpec, folder: Path, faults: tuple[str, ...], remark: str = "", *, resume: bool) -> None:
     """Make the folder, keep other processes out of it, and write what is to be run and what is wrong with its data.
 
     Args:
@@ -83,9 +95,11 @@ def open_folder(spec: RunSpec, folder: Path, faults: tuple[str, ...], remark: st
         folder: Where.
         faults: What is wrong with the data, a line each.
         remark: What else is known of the run before it starts: a comment in its spec.
+        resume: Continue what is there.
 
     Raises:
-        OutputError: It cannot be written, or another process is writing there.
+        OutputError: It cannot be written, another process is writing there, or one has done so since the folder was
+            checked.
     """
     distributed.barrier()  # every rank has looked at the folder before one writes
     if distributed.is_main():
@@ -94,6 +108,8 @@ def open_folder(spec: RunSpec, folder: Path, faults: tuple[str, ...], remark: st
             _lock(folder)
         except OSError as error:
             raise OutputError(f"{folder}: cannot be written ({error.strerror}): pass another --output") from error
+        if not resume:
+            _check_free(folder)
         write_spec(spec, folder, remark)
         if faults:
             write_whole(folder / FAULTS_FILE, "".join(f"{fault}\n" for fault in faults).encode())

@@ -7,8 +7,9 @@ import pytest
 import runs
 
 from ldctl import checkpoint, engine
-from ldctl.errors import CheckpointError
+from ldctl.errors import CheckpointError, OutputError
 from ldctl.metrics import Metrics
+from ldctl.run_folder import check_output, open_folder
 from ldctl.trainer import BEST_FILE
 
 FIGURES = ("ap50", "ap75", "ap_small", "ap_medium", "ap_large")
@@ -132,3 +133,15 @@ def test_initial_weights_are_looked_for_before_anything_is_trained(teacher: Path
     with pytest.raises(CheckpointError, match=r"none\.pth: no such file"):
         engine.distill(spec, quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_another_run_took_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    """Between the check and the start the data are read, which takes a while."""
+    spec = runs.plain_spec(tmp_path / "run", train__epochs=1)
+    folder = check_output(spec, resume=False)
+    engine.train_teacher(spec, quiet=True)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(OutputError, match="holds a run already"):
+        open_folder(spec, folder, (), resume=False)
+    open_folder(spec, folder, (), resume=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

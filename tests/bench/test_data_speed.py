@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from figures import report
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -44,10 +45,6 @@ dataset = open_dataset(spec, "train")
 seconds = time.perf_counter() - start
 print(json.dumps([seconds, resident() - before, len(dataset.samples), dataset.fingerprint]))
 """
-
-
-def report(**record: object) -> None:
-    print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in record.items()}))
 
 
 def cpu_seconds() -> float:

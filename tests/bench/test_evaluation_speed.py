@@ -1,6 +1,5 @@
 """How long an evaluation takes: `pytest -m bench -s tests/bench/test_evaluation_speed.py` prints one line of JSON."""
 
-import json
 import resource
 import statistics
 import time
@@ -8,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from figures import report
 
 from ldctl import curves, metrics
 from ldctl.data.table import pack
@@ -76,14 +76,15 @@ def test_speed_of_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(curves, "has_hotcoco", lambda: False)
             slow.append(seconds(*few))
     ratio = statistics.median(slow) / statistics.median(fast)
-    record = {
-        "images": IMAGES,
-        "detections_per_image": DETECTIONS,
-        "classes": CLASSES,
-        "evaluate_seconds": round(statistics.median(of_whole), 2),
-        "evaluate_seconds_best": round(min(of_whole), 2),
-        "memory_grown_mib": round(grown / 1024),
-        f"times_faster_than_pycocotools_on_{FEW_IMAGES}_images": round(ratio, 1),
-    }
-    print(json.dumps(record))
+    report(
+        what="evaluation",
+        images=IMAGES,
+        detections_per_image=DETECTIONS,
+        classes=CLASSES,
+        seconds=statistics.median(of_whole),
+        best_seconds=min(of_whole),
+        memory_grown_mib=round(grown / 1024),
+        few_images=FEW_IMAGES,
+        times_faster_than_pycocotools_on_few=ratio,
+    )
     assert ratio > 10

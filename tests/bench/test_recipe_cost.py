@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from figures import report
 from scenes import random_targets
 
 from ldctl import checkpoint, preset_files, spec
+from ldctl.assemble import frozen, lay_out
 from ldctl.caching import cache_teacher
 from ldctl.checkpoint import CheckpointMeta
 from ldctl.data import DataSpec, open_dataset
@@ -23,6 +25,7 @@ from ldctl.step import Learner, Teaching, training_losses
 from ldctl.types import Batch
 
 RECIPES = tuple(name for name in preset_files.preset_names() if name.startswith("small") and name != "small-teacher")
+CPU = torch.device("cpu")
 HEIGHT, WIDTH, IMAGES, CLASSES, ROUNDS = 256, 320, 8, 3, 7
 
 
@@ -38,7 +41,7 @@ def stepper(
 ) -> Callable[[], None]:
     """Return what takes one training step."""
     torch.manual_seed(0)
-    student = Detector(loaded.student, classes).train()
+    student = lay_out(Detector(loaded.student, classes), CPU, is_trained=True).train()
     learner = Learner(student, teaching)
     optimizer = build_optimizer(loaded.train.optim, {"student": student, "adapters": learner.adapters})
 
@@ -61,14 +64,14 @@ def medians_of(steppers: Mapping[str, Callable[[], None]], rounds: int) -> dict[
             seconds[name].append(time.process_time() - start)
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     for name, median in medians.items():
-        print(f"{name:20} {median * 1000:6.0f} ms  {median / medians['plain']:.2f} x plain")
+        report(what="cost of a step", recipe=name, ms=median * 1000, ratio_to_plain=median / medians["plain"])
     return medians
 
 
 @pytest.mark.bench
 def test_cost_of_a_step() -> None:
     model = spec.load(TeacherSpec, "small-teacher", {}, []).model
-    teacher = Detector(model, CLASSES).eval().requires_grad_(False)
+    teacher = frozen(Detector(model, CLASSES), CPU)
     recipes = {name: spec.load(DistillSpec, name, {}, []) for name in RECIPES}
     steppers = {"plain": stepper(recipes["small"], None, batch())}
     steppers |= {name: stepper(one, Teaching(teacher, one.distill, "0"), batch()) for name, one in recipes.items()}
@@ -116,7 +119,7 @@ def test_a_cached_teacher_costs_next_to_nothing(
         next(train_batches(dataset, data, batch_size=images, seed=0, epoch=0, cache=cache))
         for cache in (None, open_cache(tmp_path / "t.cache"))
     )
-    live = Teaching(known.eval().requires_grad_(False), loaded.distill, "0")
+    live = Teaching(frozen(known, CPU), loaded.distill, "0")
     medians = medians_of(
         {
             "plain": stepper(loaded, None, plain, len(classes)),
