@@ -377,7 +377,7 @@ def test_autocast() -> None:
         assert loss.dtype == torch.float32
         assert_close(loss, exact[name], rtol=0.1, atol=0)
     torch.stack(list(found.values())).sum().backward()
-    # In bfloat16 on a CPU torch leaves a part of a strided convolution's gradient unwritten where its map has one place.
+    # Of a strided convolution on a map of one place, torch leaves a part of the bfloat16 gradient unwritten on a CPU.
     unwritten = "fpn.output.4.weight"
     gradients = {name: parameter.grad for name, parameter in student.named_parameters() if name != unwritten}
     assert all(gradient.isfinite().all() for gradient in gradients.values() if gradient is not None)
