@@ -43,10 +43,11 @@ from ldctl.metrics import Metrics
 from ldctl.models.detector import STRIDES, Detector
 from ldctl.predict import to_device
 from ldctl.regions import meet, vlr_weights
+from ldctl.samples import Dataset
 from ldctl.spec import AUTO, DistillSpec
 from ldctl.step import RULES, padded_hw
 from ldctl.trainer import interrupts, stops
-from ldctl.types import Batch, Dataset, Locations, Targets
+from ldctl.types import Batch, Locations, Targets
 
 SUFFIX = ".cache"
 PROBED_VIEWS = 256  # of which the size of all is predicted

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldctl import checkpoint, spec
 from ldctl.predict import to_device
+from ldctl.preset_files import preset_names
 from ldctl.spec import DistillSpec
 from ldctl.trainer import Job, Trainer
 
@@ -35,7 +36,7 @@ VALUE_DEPENDENT = {
 }
 READS = {"tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"}  # methods of a tensor
 FULL = [{"kind": "ld"}, {"kind": "ld", "region": "vlr", "weight": 0.0625}, {"kind": "kd"}]
-RECIPES = tuple(name for name in spec.preset_names() if name.startswith("small-") and name != "small-teacher")
+RECIPES = tuple(name for name in preset_names() if name.startswith("small-") and name != "small-teacher")
 DEFEAT = [{"kind": "imitation", "region": region} for region in ("inside_gt", "outside_gt")]
 
 

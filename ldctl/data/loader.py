@@ -32,7 +32,8 @@ from ldctl.data.formats import DataSpec
 from ldctl.data.images import read_sample
 from ldctl.data.teacher_cache import TeacherCache
 from ldctl.errors import CheckpointError, DataError, LdctlError, SpecError
-from ldctl.types import Batch, Dataset, Sample, Scaled, Targets, TeacherRows
+from ldctl.samples import Dataset, Sample
+from ldctl.types import Batch, Scaled, Targets, TeacherRows
 
 # What crosses from a worker: a few tensors (each costs a file handle; images and their sizes at each scale come last),
 # or what is wrong, as an object: raised there, it would lose its class on the way.
