@@ -29,8 +29,8 @@ from ldctl.data.raw import Raw, Split, assemble
 from ldctl.data.table import prefix, whole
 from ldctl.errors import DataError, OutputError
 from ldctl.files import write_whole
+from ldctl.samples import Dataset, Fault, Table
 from ldctl.schema import Spec
-from ldctl.types import Dataset, Fault, Table
 
 VERSION = 1  # of the arrays, and of the rules by which annotations become samples
 WORTHWHILE = 10_000_000  # bytes of annotations; fewer are parsed in a third of a second

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, Shaped, UInt8
 
-from ldctl.types import Sample, Samples, Table
+from ldctl.samples import Sample, Samples, Table
 
 
 def pack(samples: Iterable[Sample]) -> Samples:
