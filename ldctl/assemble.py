@@ -350,6 +350,7 @@ def make_job(
             metrics=metrics,
             teacher_sha256=teaching.sha256 if teaching else None,
             data_fingerprint=setting.fingerprint,
+            val_fingerprint=setting.val_set.fingerprint,
         )
 
     return Job(

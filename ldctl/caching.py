@@ -170,7 +170,7 @@ def header_of(
         model=meta.model,
         classes=meta.classes,
         metrics=meta.metrics,
-        metrics_fingerprint=meta.data_fingerprint,
+        metrics_fingerprint=meta.val_fingerprint,
         train_fingerprint=dataset.fingerprint,
         num_images=len(dataset.samples),
         flips=flips(spec.data),
@@ -293,7 +293,7 @@ def _mb(size: int | float) -> str:
 def recorded_metrics(cache: TeacherCache, setting: Setting) -> dict[str, Metrics]:
     """Say what is known of a teacher that is not here; return its metrics by name, if they are of the same images."""
     header = cache.header
-    is_same = header.metrics_fingerprint == setting.fingerprint and "ap" in header.metrics
+    is_same = header.metrics_fingerprint == setting.val_set.fingerprint and "ap" in header.metrics
     said = f"teacher: not loaded, all that it says is in {cache.path}"
     if "ap" in header.metrics:
         said += f"; its file says AP {header.metrics['ap']:.3f} for {'the same images' if is_same else 'others'}"

@@ -82,6 +82,9 @@ def distill_spec(
     if "teacher.cache" in flags and not preset and not resume:
         flags = {"distill.terms": default_terms(), **flags}
     spec = _load(DistillSpec, preset or _saved_spec(flags, resume), flags, assignments)
+    if spec.teacher.cache and "teacher.path" not in flags and not Path(spec.teacher.path or "").is_file():
+        # a preset's teacher that is not here has nothing to do with the one of the cache
+        spec = spec.model_copy(update={"teacher": spec.teacher.model_copy(update={"path": None})})
     parts = [_name(preset)] if preset else []
     if not preset or {"student.backbone", "student.backbone.depth"} & set(flags):  # one recipe serves several students
         parts.append(_short(spec.student))
@@ -253,9 +256,9 @@ def examine(teaching: Teaching, path: Path, spec: DistillSpec, setting: Setting)
     recorded = meta.metrics.get("ap")
     said = f"teacher: AP {metrics.ap:.3f} on these images"
     if recorded is not None:
-        where = "for the same images" if meta.data_fingerprint == setting.fingerprint else "for others"
-        said += f", its file says {recorded:.3f} {where}"
-        if meta.data_fingerprint == setting.fingerprint and abs(metrics.ap - recorded) > SAME_AP:
+        is_same = meta.val_fingerprint == setting.val_set.fingerprint
+        said += f", its file says {recorded:.3f} for {'the same images' if is_same else 'others'}"
+        if is_same and abs(metrics.ap - recorded) > SAME_AP:
             said += ": it was evaluated at another input size or by another version, or its weights were changed"
     if metrics.ap < USELESS_AP:
         said += ": it finds next to nothing here, so there is little to learn from it: check its classes and input size"

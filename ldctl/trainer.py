@@ -248,6 +248,8 @@ class Trainer:
                 if index == 0 and self.step % self.steps_per_epoch == 0:
                     shares = gradient_shares(losses, job.detector).tolist()  # synchronises, once per epoch
                     self.shares = dict(zip(losses, shares, strict=True))
+                    if wrong := ", ".join(name for name, share in self.shares.items() if not math.isfinite(share)):
+                        raise self._diverged(f"the gradient of {wrong} is not finite at step {self.step + 1}")
                 total = torch.stack(list(losses.values())).sum() / len(parts)
                 torch.autograd.backward(total)
             for name, value in losses.items():

@@ -7,7 +7,7 @@ import pytest
 import runs
 
 from ldctl import checkpoint, engine
-from ldctl.errors import CheckpointError, OutputError
+from ldctl.errors import CheckpointError, OutputError, TrainingError
 from ldctl.metrics import Metrics
 from ldctl.run_folder import check_output, open_folder
 from ldctl.trainer import BEST_FILE
@@ -145,3 +145,18 @@ def test_a_folder_that_another_run_took_meanwhile_is_left_alone(tmp_path: Path) 
         open_folder(spec, folder, (), resume=False)
     open_folder(spec, folder, (), resume=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(teacher: Path, tmp_path: Path) -> None:
+    spec = runs.distill_spec(tmp_path / "run", teacher, distill__terms=[{"kind": "ld", "weight": 1e38}])
+    with pytest.raises(TrainingError, match=r"^student: the gradient of ld/main is not finite at step 1: "):
+        engine.distill(spec, quiet=True)
+
+
+def test_a_teachers_ap_is_held_against_its_own_on_the_same_images_to_evaluate_on(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the student trains on."""
+    ap = checkpoint.load_meta(teacher).metrics["ap"]
+    said = said_of(teacher, tmp_path / "run", ap, monkeypatch, data__synthetic__train=9)
+    assert f"its file says {ap:.3f} for the same images" in said

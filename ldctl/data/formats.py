@@ -21,6 +21,8 @@ from ldctl.errors import DataError
 from ldctl.samples import Dataset
 from ldctl.schema import Spec
 
+LARGEST_SIDE = 20_000  # pixels; beyond, a mistyped number is likelier than such an input
+
 
 class DataSpec(Spec):
     """Images and boxes, and how the network sees them.
@@ -59,7 +61,7 @@ class DataSpec(Spec):
     unlabelled_only: bool = False
     synthetic: SyntheticSpec = SyntheticSpec()
     short_side: tuple[int, int] = (800, 800)
-    long_side: int = Field(default=1333, ge=32)
+    long_side: int = Field(default=1333, ge=32, le=LARGEST_SIDE)
     flip: float = Field(default=0.5, ge=0, le=1)
     canvas: bool = False
     scaled_jpeg: bool = False

@@ -54,7 +54,7 @@ class CacheHeader(Spec):
         model: The teacher's spec as a JSON object.
         classes: The teacher's class names.
         metrics: Figures that the teacher's file says of it.
-        metrics_fingerprint: Of the data that those are of; None where the file does not say.
+        metrics_fingerprint: Of the images that those are of; None where the file does not say.
         train_fingerprint: Of the training set.
         num_images: Of the training set.
         flips: Whether views are mirrored: one or both.
