@@ -148,7 +148,7 @@ class Trial:
         )
         buckets = [torch.zeros_like(p) for p in trainer.learner.parameters() if p.requires_grad and self.has_buckets]
         for _ in range(2):
-            trainer._optimize(batch)  # the run's own step, micro-batches and all
+            trainer.take_step(batch)  # the run's own step, micro-batches and all
         del buckets
 
     def _job(self, train: TrainSpec) -> Job:
