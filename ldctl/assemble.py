@@ -27,15 +27,16 @@ from ldctl.data import (
     read_unlabelled,
 )
 from ldctl.data.check import inspect
+from ldctl.distillation import DistillationSpec
 from ldctl.errors import CheckpointError, MissingError, SpecError
 from ldctl.models.detector import Detector, ModelSpec, PostprocessSpec, initialize
 from ldctl.models.fold import fold_batch_norm
 from ldctl.pairing import SharedClasses
 from ldctl.run_folder import FAULTS_FILE
-from ldctl.spec import AUTO, DistillationSpec, DistillSpec, RunSpec, TrainSpec
+from ldctl.samples import Dataset
+from ldctl.spec import AUTO, DistillSpec, RunSpec, TrainSpec
 from ldctl.step import Teaching
 from ldctl.trainer import STATE_FILE, Job, shapes
-from ldctl.types import Dataset
 
 SHOWN_FAULTS = 20
 SAFE_CHANNELS = 32  # twice as many as crashed; see `lay_out`

@@ -8,11 +8,12 @@ from ldctl.classes import ClassMatch
 from ldctl.data import DataSpec
 from ldctl.data.teacher_cache import CachedRegion, CacheHeader, TeacherCache, open_cache
 from ldctl.distill import KD, LD, BCKDBox, BinaryKD, PredictionTerm
+from ldctl.distillation import DistillationSpec
 from ldctl.errors import DataError, SpecError
+from ldctl.samples import Dataset
 from ldctl.schema import Spec
-from ldctl.spec import DistillationSpec, DistillSpec
+from ldctl.spec import DistillSpec
 from ldctl.toml_text import literal
-from ldctl.types import Dataset
 
 Terms = tuple[type[Spec], ...]
 READS_EDGES: Terms = (LD, BCKDBox)

@@ -42,11 +42,12 @@ from ldctl.log import PassProgress
 from ldctl.metrics import Metrics
 from ldctl.models.detector import STRIDES, Detector
 from ldctl.predict import to_device
-from ldctl.regions import vlr_weights
+from ldctl.regions import meet, vlr_weights
+from ldctl.samples import Dataset
 from ldctl.spec import AUTO, DistillSpec
 from ldctl.step import RULES, padded_hw
 from ldctl.trainer import interrupts, stops
-from ldctl.types import Batch, Dataset, Locations, Targets
+from ldctl.types import Batch, Locations, Targets
 
 SUFFIX = ".cache"
 PROBED_VIEWS = 256  # of which the size of all is predicted
@@ -232,7 +233,8 @@ def regions_told(
     """
     rule = RULES.get(spec.student.head.kind, assign)
     assigned = rule(locations, targets, padded_hw(size_hw), 1)  # which class is of no interest
-    masks = {"main": assigned.is_positive, "vlr": vlr_weights(spec.distill, assigned, targets, locations) > 0}
+    met = meet(("vlr",), spec.distill, assigned, targets, locations)
+    masks = {"main": assigned.is_positive, "vlr": vlr_weights(spec.distill, met, assigned, targets, locations) > 0}
     nowhere = torch.zeros_like(assigned.is_positive)
     edge, cls = (
         torch.stack([nowhere, *(masks[name] for name in regions)]).any(dim=0) & assigned.is_valid

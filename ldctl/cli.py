@@ -16,6 +16,26 @@ import typer
 
 from ldctl import __version__
 from ldctl.errors import Interrupted, LdctlError, OutputError, TrainingError, Unread
+from ldctl.options import (
+    BACKBONES,
+    Assignments,
+    BatchSize,
+    Checkpoint,
+    Data,
+    Device,
+    DryRun,
+    Epochs,
+    Init,
+    Output,
+    OwnData,
+    Preset,
+    Quiet,
+    Resume,
+    Seed,
+    backbone_flags,
+    given,
+    read_batch,
+)
 
 # What makes a place to write to unusable, whichever part of ldctl or Python's libraries meets it first.
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG)
@@ -34,10 +54,6 @@ teacher_app = typer.Typer(
 app.add_typer(teacher_app, name="teacher")
 
 
-DEPTHS = {"r18": 18, "r34": 34, "r50": 50, "r101": 101}  # short names of the ResNets, as in the papers
-BACKBONES = "r18, r34, r50, r101, a network of torchvision, or timm:NAME"
-
-
 class ExportFormat(StrEnum):
     """What `ldctl export` can write."""
 
@@ -50,56 +66,6 @@ class LogitType(StrEnum):
 
     FLOAT16 = "float16"
     FLOAT32 = "float32"
-
-
-Preset = Annotated[
-    str | None, typer.Option("--preset", "-p", help="Name of a shipped preset, or a TOML file.", show_default=False)
-]
-Assignments = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override any value of the spec.", show_default=False),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        "--data", "-d", help="Folder of a COCO, VOC or YOLO data set. [default: data/coco]", show_default=False
-    ),
-]
-OwnData = Annotated[
-    str | None,
-    typer.Option(
-        "--data", "-d", help="Folder of a data set. [default: that of the checkpoint's run]", show_default=False
-    ),
-]
-Output = Annotated[
-    str | None,
-    typer.Option(
-        "--output", "-o", metavar="<path>", help="Folder of the run. [default: runs/NAME]", show_default=False
-    ),
-]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU when there is one]", show_default=False)
-]
-Seed = Annotated[
-    int | None, typer.Option(help="Initial weights, order, augmentation. [default: 0]", show_default=False)
-]
-Epochs = Annotated[int | None, typer.Option(help="Passes over the training images. [default: 12]", show_default=False)]
-BatchSize = Annotated[
-    str | None,
-    typer.Option(
-        "--batch",
-        metavar="<int>|auto",
-        help="Images per step; auto: what fits. [default: 16]",
-        show_default=False,
-    ),
-]
-Init = Annotated[
-    str | None,
-    typer.Option(help="Backbone weights: imagenet, none, or a file. [default: imagenet]", show_default=False),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved spec and stop.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
 
 
 def _version(value: bool) -> bool:
@@ -142,14 +108,14 @@ def teacher_train(
     """
     from ldctl import engine
 
-    flags = _given(
+    flags = given(
         {
-            **_backbone("model", model),
+            **backbone_flags("model", model),
             "model.backbone.init": init,
             "data.path": data,
             "output": output,
             "train.epochs": epochs,
-            "train.batch": _batch(batch),
+            "train.batch": read_batch(batch),
             "train.seed": seed,
             "device": device,
         }
@@ -208,7 +174,7 @@ def teacher_cache(
     """
     from ldctl import caching, engine
 
-    flags = _given(
+    flags = given(
         {
             "teacher.path": teacher,
             "data.path": data,
@@ -270,19 +236,19 @@ def distill(
     """
     from ldctl import engine
 
-    flags = _given(
+    flags = given(
         {
             "teacher.path": str(teacher) if teacher else None,
             "teacher.cache": str(cache) if cache else None,
             "data.canvas": True if cache else None,
-            **_backbone("assistant.model", assistant),
+            **backbone_flags("assistant.model", assistant),
             "assistant.model.backbone.init": init if assistant else None,
-            **_backbone("student", student),
+            **backbone_flags("student", student),
             "student.backbone.init": init,
             "data.path": data,
             "output": output,
             "train.epochs": epochs,
-            "train.batch": _batch(batch),
+            "train.batch": read_batch(batch),
             "train.seed": seed,
             "device": device,
             "compare": compare or None,
@@ -297,7 +263,7 @@ def distill(
 
 @app.command("eval")
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors that ldctl wrote.")],
+    checkpoint: Checkpoint,
     data: OwnData = None,
     batch: Annotated[int | None, typer.Option("--batch", help="Images at once.", show_default=False)] = None,
     detections: Annotated[
@@ -318,7 +284,7 @@ def evaluate(
     """
     from ldctl import engine, evaluation
 
-    flags = _given({"data.path": data, "batch": batch, "device": device})
+    flags = given({"data.path": data, "batch": batch, "device": device})
     spec = engine.eval_spec(checkpoint, flags, assignments or [])
     found = evaluation.evaluate(spec, detections=detections, save_detections=save_detections, quiet=quiet or as_json)
     if as_json:
@@ -331,7 +297,7 @@ def evaluate(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A .safetensors that ldctl wrote.")],
+    checkpoint: Checkpoint,
     to: Annotated[ExportFormat, typer.Option(help="Format.")] = ExportFormat.ONNX,
     output: Annotated[
         Path | None,
@@ -352,33 +318,8 @@ def export(
         return
     from ldctl import engine
 
-    spec = engine.export_spec(checkpoint, _given({"data.path": data, "images": images}), assignments or [])
+    spec = engine.export_spec(checkpoint, given({"data.path": data, "images": images}), assignments or [])
     typer.echo(engine.export(spec, output))
-
-
-def _backbone(section: str, name: str | None) -> dict[str, object]:
-    """Return what an option says of a backbone: a ResNet's depth, or another network in the place of the preset's."""
-    if name is None:
-        return {}
-    if name in DEPTHS:
-        return {f"{section}.backbone.depth": DEPTHS[name]}
-    kind = "timm" if name.startswith("timm:") else "torchvision"
-    return {f"{section}.backbone": {"kind": kind, "name": name.removeprefix("timm:")}}
-
-
-def _batch(text: str | None) -> int | str | None:
-    """Return the images per step that an option names, or that they are to be found."""
-    if text is None or text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"'{text}' is neither a whole number nor auto.", param_hint="'--batch'") from error
-
-
-def _given(flags: dict[str, object]) -> dict[str, object]:
-    """Return the options that were given."""
-    return {key: value for key, value in flags.items() if value is not None}
 
 
 def main() -> None:

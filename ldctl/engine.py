@@ -39,6 +39,7 @@ from ldctl.models.detector import ModelSpec, PostprocessSpec
 from ldctl.predict import predict
 from ldctl.probe import settle_batch
 from ldctl.run_folder import SPEC_FILE, check_output, open_folder, run_folder, with_saved_batch, write_spec
+from ldctl.samples import Dataset
 from ldctl.spec import (
     AssistantSpec,
     DistillSpec,
@@ -51,7 +52,6 @@ from ldctl.spec import (
 )
 from ldctl.step import Teaching
 from ldctl.trainer import BEST_FILE, STATE_FILE, Job, Trainer
-from ldctl.types import Dataset
 
 SAME_AP = 0.001  # evaluations of the same weights on the same images differ less, whatever the device
 USELESS_AP = 0.01

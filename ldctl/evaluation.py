@@ -31,8 +31,8 @@ from ldctl.metrics import (
 from ldctl.metrics import evaluate as evaluate_detections
 from ldctl.models.detector import Detector
 from ldctl.predict import find, predict, to_device
+from ldctl.samples import Dataset
 from ldctl.spec import EvalSpec
-from ldctl.types import Dataset
 
 LEAST_WIDTH = 60  # columns of the tables: in fewer, rich leaves cells empty; a terminal wraps the lines
 

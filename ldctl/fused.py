@@ -30,7 +30,7 @@ def focal_cross_entropy(
         logit: Class logits.
         target: In [0, 1]; gets no gradient.
         weight: Of each row; gets no gradient.
-        beta: How strongly good predictions are discounted; above 0.
+        beta: How strongly good predictions are discounted; at least 1, for the gradient to be bounded.
         alpha: Weight of elements whose target is above 0, and `1 - alpha` of the others; all weigh 1 if left out.
 
     Returns:
@@ -38,6 +38,7 @@ def focal_cross_entropy(
 
     Normalized by: nothing.
     """
+    assert beta >= 1, "the gradient is bounded"
     return cast("Tensor", _FocalCrossEntropy.apply(logit, target, weight, beta, alpha))
 
 

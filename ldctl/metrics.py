@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ldctl.curves import Boxes, Curves, Task, compare
 from ldctl.errors import DataError
-from ldctl.types import Dataset, Detections, Sample
+from ldctl.samples import Dataset, Sample
+from ldctl.types import Detections
 
 # Decimals of a pixel: corners in float32 do not give back the width that a file states; rounded to a
 # thousandth they do.

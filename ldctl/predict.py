@@ -12,7 +12,8 @@ from ldctl import distributed
 from ldctl.data import DataSpec
 from ldctl.data.loader import eval_batches
 from ldctl.models.detector import Detector, PostprocessSpec, detect
-from ldctl.types import Batch, Dataset, Detections, Scaled, Targets
+from ldctl.samples import Dataset
+from ldctl.types import Batch, Detections, Scaled, Targets
 
 
 @torch.no_grad()

@@ -20,10 +20,11 @@ from ldctl.data.augment import canvas, eval_view, place
 from ldctl.errors import SpecError, TrainingError
 from ldctl.models.detector import Detector, ModelSpec
 from ldctl.optim import scaled_lr
+from ldctl.samples import Dataset
 from ldctl.spec import AUTO, DistillSpec, RunSpec, TeacherSpec, TrainSpec
 from ldctl.step import Teaching
 from ldctl.trainer import Job, Trainer
-from ldctl.types import Batch, Dataset, Scaled, Targets
+from ldctl.types import Batch, Scaled, Targets
 
 # Shares of the memory that a batch may take. On a GPU, where it is tried out, the rest is for fragments, work space of
 # libraries and evaluation. On a CPU it is calculated, and all else on the machine takes from the same memory.

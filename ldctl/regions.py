@@ -83,8 +83,7 @@ def region(name: Region, spec: RegionSpec, pair: Pair, assigned: Assigned, targe
         case "all":
             return all_region(assigned, pair.student.locations)
         case "gi":
-            mask = general_instances(pair, assigned) & assigned.is_valid
-            return pick_rows({name: mask.float()}, pair.student.locations)[name]
+            return gi_region(pair, assigned)
         case _:
             return draw((name,), spec, pair.student, assigned, targets)[name]
 
@@ -95,8 +94,8 @@ def draw(
 ) -> dict[Region, Where]:
     """Draw regions that the objects alone decide; see `DRAWN`.
 
-    However many there are, this synchronises with the host once for the number of rows of all, and once for each of
-    those that compare boxes.
+    However many there are, this synchronises with the host once for the number of rows of all, and once more if any of
+    them compares boxes.
 
     Args:
         names: Which.
@@ -106,19 +105,20 @@ def draw(
         targets: The objects.
     """
     locations = student.locations
+    met = meet(names, spec, assigned, targets, locations)
     weights: dict[Region, Tensor] = {}
     for name in names:
         match name:
             case "main":
                 weights[name] = assigned.is_positive.float()
             case "vlr":
-                weights[name] = vlr_weights(spec, assigned, targets, locations)
+                weights[name] = vlr_weights(spec, met, assigned, targets, locations)
             case "finegrained":
-                weights[name] = fine_grained(assigned, targets, locations).float()
+                weights[name] = fine_grained(met, assigned, targets, locations).float()
             case "inside_gt":
-                weights[name] = inside_objects(assigned, targets, locations).float()
+                weights[name] = inside_objects(met, assigned, targets, locations).float()
             case "outside_gt":
-                weights[name] = 1 - inside_objects(assigned, targets, locations).float()
+                weights[name] = 1 - inside_objects(met, assigned, targets, locations).float()
     drawn = pick_rows({name: weight * assigned.is_valid for name, weight in weights.items()}, locations)
     if "main" in drawn:
         drawn["main"] = weighted_by_score(drawn["main"], student)
@@ -157,7 +157,9 @@ def all_region(assigned: Assigned, locations: Locations) -> Where:
     )
 
 
-def vlr_weights(spec: RegionSpec, assigned: Assigned, targets: Targets, locations: Locations) -> Float[Tensor, "B A"]:
+def vlr_weights(
+    spec: RegionSpec, met: Encounters, assigned: Assigned, targets: Targets, locations: Locations
+) -> Float[Tensor, "B A"]:
     """Weight each location by how much its localization is worth imitating.
 
     A location is in the VLR of object `g` when `gamma * threshold[g] <= overlap < threshold[g]`: near the object, yet
@@ -171,7 +173,6 @@ def vlr_weights(spec: RegionSpec, assigned: Assigned, targets: Targets, location
     Differs from the paper: weighted by IoU instead of a mask, as in the released code. A location may also be positive,
     or ignored by RetinaNet's assigner; the released code takes positives out for RetinaNet, and for no other head.
     """
-    met = encounters(locations, targets, may_be_valuable(spec, assigned, targets, locations))
     prior_xyxy = prior_boxes(locations)[met.row % len(locations.level)]
     iou, overlap = vlr_overlap(prior_xyxy, targets.gt_xyxy.flatten(0, 1)[met.target], spec.vlr)
     is_in_band = in_vlr_band(overlap, assigned.threshold.flatten()[met.target], gamma=spec.gamma)
@@ -196,6 +197,18 @@ def vlr_overlap(
     iou = shared / (box_area(prior_xyxy) + box_area(gt_xyxy) - shared).clamp(min=EPS)
     first = iou if kind == "diou" else shared / box_area(prior_xyxy).clamp(min=EPS)
     return iou, first - center_penalty(prior_xyxy, gt_xyxy)
+
+
+def meet(
+    names: Collection[str], spec: RegionSpec, assigned: Assigned, targets: Targets, locations: Locations
+) -> Encounters:
+    """Find the encounters that some regions are made of, once for all; none where no region compares boxes."""
+    if {"inside_gt", "outside_gt", "finegrained"} & set(names):
+        return encounters(locations, targets, on_all_levels(targets, locations))
+    if "vlr" in names:
+        return encounters(locations, targets, may_be_valuable(spec, assigned, targets, locations))
+    none = assigned.label.new_zeros(0)
+    return Encounters(none, none)
 
 
 def may_be_valuable(
@@ -258,24 +271,34 @@ def best_of_each(met: Encounters, value: Float[Tensor, " N"], assigned: Assigned
     return best.view(assigned.label.shape)
 
 
-def inside_objects(assigned: Assigned, targets: Targets, locations: Locations) -> Bool[Tensor, "B A"]:
+def inside_objects(met: Encounters, assigned: Assigned, targets: Targets, locations: Locations) -> Bool[Tensor, "B A"]:
     """Tell which locations lie inside an object's box, its border left out."""
-    met = encounters(locations, targets, on_all_levels(targets, locations))
     xy, gt_xyxy = locations.xy[met.row % len(locations.level)], targets.gt_xyxy.flatten(0, 1)[met.target]
     is_inside = (xy > gt_xyxy[:, :2]).all(dim=-1) & (xy < gt_xyxy[:, 2:]).all(dim=-1)
     return best_of_each(met, is_inside.float(), assigned) > 0
 
 
-def fine_grained(assigned: Assigned, targets: Targets, locations: Locations) -> Bool[Tensor, "B A"]:
+def fine_grained(met: Encounters, assigned: Assigned, targets: Targets, locations: Locations) -> Bool[Tensor, "B A"]:
     """Tell which prior boxes overlap an object more than half as well as the best of all does.
 
     Source: Fine-Grained imitation (CVPR 2019, arXiv:1906.03609).
     """
-    met = encounters(locations, targets, on_all_levels(targets, locations))
     prior_xyxy = prior_boxes(locations)[met.row % len(locations.level)]
     iou = box_iou(prior_xyxy, targets.gt_xyxy.flatten(0, 1)[met.target]) * assigned.is_valid.flatten()[met.row]
     best = iou.new_zeros(targets.is_object.numel()).scatter_reduce(0, met.target, iou, reduce="amax")
     return best_of_each(met, (iou > FINE_GRAINED_SHARE * best[met.target]).float(), assigned) > 0
+
+
+@torch.no_grad()
+def gi_region(pair: Pair, assigned: Assigned) -> Where:
+    """Select the general instances, each with weight 1; where an image has less than ten, other rows with weight 0.
+
+    So their number needs no look from the host.
+    """
+    mask = general_instances(pair, assigned) & assigned.is_valid
+    row = mask.float().topk(min(NUM_GI, mask.shape[1]), dim=1).indices.sort(dim=1).values
+    row = (row + torch.arange(len(mask), device=row.device)[:, None] * mask.shape[1]).flatten()
+    return rows_of(row, mask.float(), pair.student.locations)
 
 
 @torch.no_grad()
@@ -321,14 +344,18 @@ def pick_rows(weights: Mapping[Name, Float[Tensor, "B A"]], locations: Locations
     counts = torch.stack([(weight > 0).sum() for weight in weights.values()]).tolist()  # synchronises
     picked = {}
     for (name, weight), count in zip(weights.items(), counts, strict=True):
-        num_images, num_locations = weight.shape
-        row = torch.nonzero_static(weight.flatten(), size=count).squeeze(1)
-        picked[name] = Where(
-            row=row,
-            weight=weight.flatten()[row],
-            level=locations.level[row % num_locations],
-            image=row // num_locations,
-            num_images=num_images,
-            num_levels=len(locations.level_hw),
-        )
+        picked[name] = rows_of(torch.nonzero_static(weight.flatten(), size=count).squeeze(1), weight, locations)
     return picked
+
+
+def rows_of(row: Int64[Tensor, " N"], weight: Float[Tensor, "B A"], locations: Locations) -> Where:
+    """Return some rows with their weights."""
+    num_images, num_locations = weight.shape
+    return Where(
+        row=row,
+        weight=weight.flatten()[row],
+        level=locations.level[row % num_locations],
+        image=row // num_locations,
+        num_images=num_images,
+        num_levels=len(locations.level_hw),
+    )

@@ -13,6 +13,7 @@ from ldctl.boxes import PAD_MULTIPLE
 from ldctl.data.teacher_cache import TeacherCache
 from ldctl.distill import PredictionTerm
 from ldctl.distill.crosskd import aligned_towers
+from ldctl.distillation import DistillationSpec
 from ldctl.distributed import reduce_mean, world_size
 from ldctl.losses import (
     LossSpec,
@@ -36,7 +37,6 @@ from ldctl.pairing import (
     share_levels,
 )
 from ldctl.regions import DRAWN, Region, RegionSpec, draw, main_region, region
-from ldctl.spec import DistillationSpec
 from ldctl.types import Assigned, Batch, Dense, Locations, Normalizer, Pair, Scaled, Targets, TeacherRows, Where
 
 # What other kinds of heads have in the place of GFL's: the rule of assignment, and the losses.

@@ -24,9 +24,10 @@ from ldctl.metrics import evaluate
 from ldctl.models.detector import Detector, PostprocessSpec
 from ldctl.optim import Ema, build_optimizer, load_optimizer_state, lr_factor, optimizer_state, scaled_lr, set_lr
 from ldctl.predict import on_device, predict
+from ldctl.samples import Dataset
 from ldctl.spec import TrainSpec
 from ldctl.step import Learner, Teaching, count_positive, gradient_shares, split, training_losses
-from ldctl.types import Batch, Dataset
+from ldctl.types import Batch
 
 STATE_FILE = "state.safetensors"
 LAST_FILE = "last.safetensors"

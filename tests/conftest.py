@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 # A forked process hangs in its first parallel loop when its parent had threads; one thread also sums in one order.
 torch.set_num_threads(1)
-# An export lets torch know of one more kind of device. A first backward pass after that starts threads for it, and then
-# forked processes cannot train; one before any export starts none. Where there is a GPU, it starts some anyway.
+# A process whose first backward pass comes after an export starts threads for it, and what it forks cannot train then.
+# Where there is a GPU, the first one always does.
 if not torch.cuda.device_count():
     torch.ones((), requires_grad=True).backward()
 # A shell's background job starts with Ctrl-C ignored, and nohup ignores hanging up; the tests send both.

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ldctl.data.images import read_sample
 from ldctl.data.table import fingerprint, pack
-from ldctl.types import Dataset, Sample
+from ldctl.samples import Dataset, Sample
 
 
 def write_image(path: Path, width: int = 64, height: int = 48, seed: int = 0) -> Path:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldctl.boxes import location_grid
-from ldctl.regions import RegionSpec, pick_rows, vlr_weights
+from ldctl.regions import RegionSpec, meet, pick_rows, vlr_weights
 from ldctl.types import Assigned, Dense, Locations, Targets, TowerMaps, Where
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -59,7 +59,8 @@ def random_dense(locations: Locations, num_images: int, num_classes: int, seed: 
 
 def vlr_region(spec: RegionSpec, assigned: Assigned, targets: Targets, locations: Locations) -> Where:
     """Return the VLR by itself."""
-    weight = vlr_weights(spec, assigned, targets, locations) * assigned.is_valid
+    met = meet(("vlr",), spec, assigned, targets, locations)
+    weight = vlr_weights(spec, met, assigned, targets, locations) * assigned.is_valid
     return pick_rows({"vlr": weight}, locations)["vlr"]
 
 

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "ldctl"
 FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
-    {"errors", "types", "toml_text", "locks"},
-    {"boxes", "fused", "curves", "schema", "keys", "distributed", "toml", "files"},
+    {"errors", "types", "samples", "toml_text", "locks"},
+    {"boxes", "fused", "curves", "schema", "keys", "distributed", "toml", "files", "preset_files"},
     {
         "assign",
         "regions",
@@ -28,12 +28,13 @@ LAYERS = (
         "optim",
         "log",
     },
+    {"distillation"},
     {"spec"},
     {"step", "predict", "cacheable"},
     {"trainer", "run_folder"},
     {"assemble"},
     {"caching", "evaluation", "probe"},
-    {"engine", "exchange"},
+    {"engine", "exchange", "options"},
     {"cli"},
     {"__main__"},
 )

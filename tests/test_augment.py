@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ldctl.data import DataSpec
 from ldctl.data.augment import View, eval_view, place, resize_size, show, train_view
-from ldctl.types import Sample
+from ldctl.samples import Sample
 
 
 def sample_of(xyxy: list[list[float]], height: int, width: int, is_crowd: list[bool] | None = None) -> Sample:

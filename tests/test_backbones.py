@@ -20,13 +20,14 @@ from ldctl import spec as specs
 from ldctl.assemble import hire, load_detector
 from ldctl.checkpoint import CheckpointMeta, save
 from ldctl.distill import LD
+from ldctl.distillation import DistillationSpec
 from ldctl.errors import CheckpointError, ExportError, MissingError, SpecError
 from ldctl.export import OnnxExporter, Parity
 from ldctl.losses import LossSpec
 from ldctl.models import Detector, ModelSpec, ResNetSpec, TimmSpec, TorchvisionSpec, build_backbone, initialize
 from ldctl.models import timm_net as own_timm
 from ldctl.models.torchvision_net import layout_of
-from ldctl.spec import DistillationSpec, DistillSpec, TeacherSpec
+from ldctl.spec import DistillSpec, TeacherSpec
 from ldctl.step import Learner, training_losses
 from ldctl.types import Batch
 

@@ -13,7 +13,7 @@ from ldctl.data.check import inspect
 from ldctl.data.images import check_file, read_image
 from ldctl.data.table import fingerprint
 from ldctl.errors import DataError
-from ldctl.types import Dataset
+from ldctl.samples import Dataset
 
 
 def damaged_dataset(root: Path) -> Dataset:

@@ -14,10 +14,11 @@ from torch.testing import assert_close
 from ldctl.assign import assign
 from ldctl.distill import CWD, KD, LD, PKD, BCKDBox, BinaryKD, CrossKDBox, CrossKDClass, Imitation, Term
 from ldctl.distill.crosskd import align
+from ldctl.distillation import DistillationSpec
 from ldctl.losses import LossSpec, normalizer
 from ldctl.models import Detector, HeadSpec, ModelSpec, ResNetSpec
 from ldctl.regions import all_region, main_region
-from ldctl.spec import AssistantSpec, DistillationSpec, DistillSpec, TaughtSpec
+from ldctl.spec import AssistantSpec, DistillSpec, TaughtSpec
 from ldctl.step import Learner, Teaching, compare, training_losses
 from ldctl.types import Batch, Dense, Normalizer, Pair, Where
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from ldctl import curves, metrics
 from ldctl.curves import Boxes, Task, by_hotcoco, by_pycocotools
 from ldctl.data.table import pack
-from ldctl.types import Dataset, Detections, Sample
+from ldctl.samples import Dataset, Sample
+from ldctl.types import Detections
 
 needs_hotcoco = pytest.mark.skipif(not curves.has_hotcoco(), reason="hotcoco is not installed: see the extra fast-eval")
 Draw = Callable[[st.SearchStrategy], object]

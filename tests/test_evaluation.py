@@ -12,8 +12,9 @@ from ldctl.data import open_dataset
 from ldctl.data.table import pack
 from ldctl.evaluation import Speed, measure_speed, print_speed
 from ldctl.models import Detector, ModelSpec
+from ldctl.samples import Dataset
 from ldctl.spec import EvalSpec
-from ldctl.types import Batch, Dataset
+from ldctl.types import Batch
 
 SPEC = spec.load(EvalSpec, None, {"checkpoint": "x", "data": runs.DATA, "batch": 4}, [])
 

@@ -19,7 +19,7 @@ from ldctl.data.images import read_image
 from ldctl.data.raw import is_inside
 from ldctl.data.yolo import parse_yaml
 from ldctl.errors import DataError
-from ldctl.types import Dataset
+from ldctl.samples import Dataset
 
 
 def boxes_of(dataset: Dataset) -> dict[str, list[tuple[str, tuple[float, ...]]]]:

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ldctl.distill import LD, BCKDBox, BinaryKD, CrossKDBox, CrossKDClass
+from ldctl.distillation import DistillationSpec
 from ldctl.losses import LossSpec
 from ldctl.models import Detector, HeadSpec, ModelSpec, ResNetSpec
 from ldctl.models.heads import distribution_shape
-from ldctl.spec import DistillationSpec
 from ldctl.step import Learner, Teaching, count_positive, training_losses
 from ldctl.types import Batch, Dense
 

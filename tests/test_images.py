@@ -14,7 +14,8 @@ from ldctl.data.images import read_image, read_sample
 from ldctl.data.loader import eval_batches, train_batches
 from ldctl.data.table import pack
 from ldctl.errors import DataError
-from ldctl.types import Batch, Dataset, Sample
+from ldctl.samples import Dataset, Sample
+from ldctl.types import Batch
 
 HEIGHT, WIDTH = 304, 400  # of the large images: an eighth is a whole number of pixels
 ORIENTATION = 0x0112

@@ -18,7 +18,7 @@ from ldctl.data.coco import read_coco
 from ldctl.data.raw import Split
 from ldctl.data.table import fingerprint, pack, relabelled
 from ldctl.errors import DataError
-from ldctl.types import Dataset, Sample
+from ldctl.samples import Dataset, Sample
 
 FIELDS = tuple(Sample.__dataclass_fields__)
 

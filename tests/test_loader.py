@@ -25,7 +25,8 @@ from ldctl.data.loader import (
 )
 from ldctl.data.table import pack
 from ldctl.errors import DataError, SpecError
-from ldctl.types import Batch, Dataset, Sample
+from ldctl.samples import Dataset, Sample
+from ldctl.types import Batch
 
 WIDE, TALL, SQUARE = (40, 60), (60, 40), (50, 50)
 SPEC = DataSpec(short_side=(32, 64), long_side=100, workers=0)

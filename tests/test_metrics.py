@@ -18,7 +18,8 @@ from rich.table import Table
 from ldctl import metrics
 from ldctl.data.table import pack
 from ldctl.errors import DataError
-from ldctl.types import Dataset, Detections, Sample
+from ldctl.samples import Dataset, Sample
+from ldctl.types import Detections
 
 GOLDEN = (0.505, 0.697, 0.573, 0.586, 0.519, 0.501, 0.387, 0.594, 0.595, 0.640, 0.566, 0.564)
 

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from ldctl.data import DataSpec
 from ldctl.data.loader import train_batches
 from ldctl.predict import on_device
-from ldctl.types import Batch, Dataset
+from ldctl.samples import Dataset
+from ldctl.types import Batch
 
 SPEC = DataSpec(short_side=(200, 300), long_side=400, workers=0)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ldctl import spec, toml
+from ldctl import preset_files, spec, toml
 from ldctl.distill import KD, LD
 from ldctl.spec import DistillSpec, TeacherSpec
 
@@ -90,7 +90,7 @@ VOC = {"ld-main-voc": LD_MAIN, "ld-full-voc": LD_VOC, "ld-full-gi-voc": {**LD_VO
 def test_every_recipe_is_there_at_both_sizes() -> None:
     others = {"quickstart", "small", "small-teacher", "gfl-r101-coco-2x", "gfl-r101-voc"}
     assert {path.stem for path in PRESETS} == {*RECIPES, *(f"small-{name}" for name in RECIPES), *VOC, *others}
-    assert {path.stem for path in PRESETS} == set(spec.preset_names())
+    assert {path.stem for path in PRESETS} == set(preset_files.preset_names())
 
 
 @pytest.mark.parametrize("name", [*RECIPES, *(f"small-{name}" for name in RECIPES), *VOC])

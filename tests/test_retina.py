@@ -18,12 +18,13 @@ from ldctl.assign import assign_max_iou, candidates
 from ldctl.boxes import location_grid, octave_priors, prior_boxes
 from ldctl.distill import CWD, KD, LD, PKD, BCKDBox, BinaryKD, CrossKDBox, CrossKDClass, Imitation, Term
 from ldctl.distill.features import level_maps, of_cells
+from ldctl.distillation import DistillationSpec
 from ldctl.errors import SpecError
 from ldctl.losses import LossSpec, normalizer, overlap_losses
 from ldctl.models import Detector, HeadSpec, ModelSpec, PostprocessSpec, ResNetSpec, detect
 from ldctl.pairing import share_levels
 from ldctl.regions import RegionSpec, all_region, main_region, pick_rows, region, vlr_overlap
-from ldctl.spec import AssistantSpec, DistillationSpec, DistillSpec, TaughtSpec, load
+from ldctl.spec import AssistantSpec, DistillSpec, TaughtSpec, load
 from ldctl.step import Learner, Teaching, compare
 from ldctl.types import Assigned, Locations, Pair, Targets, Where
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from conftest import Deviations
 
-from ldctl import spec
+from ldctl import preset_files, spec
 from ldctl.classes import match_names
 from ldctl.distill import CWD, KD, LD, PKD, BinaryKD, CrossKDBox, CrossKDClass, Imitation, Term
+from ldctl.distillation import DistillationSpec
 from ldctl.errors import SpecError
 from ldctl.models.base import MEAN, STD
-from ldctl.spec import DistillationSpec, DistillSpec, EvalSpec, TeacherSpec, TrainSpec
+from ldctl.spec import DistillSpec, EvalSpec, TeacherSpec, TrainSpec
 
 
 def load(*assignments: str) -> DistillSpec:
@@ -294,20 +295,20 @@ def test_flags_are_left_as_they_are() -> None:
 
 
 def test_presets_are_found_by_name_and_by_path(tmp_path: Path) -> None:
-    assert spec.find_preset("quickstart") == spec.preset_folder() / "quickstart.toml"
+    assert preset_files.find_preset("quickstart") == preset_files.preset_folder() / "quickstart.toml"
     (tmp_path / "quickstart.toml").write_text("")
-    assert spec.find_preset(str(tmp_path / "quickstart.toml")) == tmp_path / "quickstart.toml"
-    names = ", ".join(spec.preset_names())
+    assert preset_files.find_preset(str(tmp_path / "quickstart.toml")) == tmp_path / "quickstart.toml"
+    names = ", ".join(preset_files.preset_names())
     with pytest.raises(SpecError) as caught:
-        spec.find_preset("quick")
+        preset_files.find_preset("quick")
     assert (
         str(caught.value)
         == f"--preset quick: no such preset; did you mean quickstart? There are {names}, or give a .toml file"
     )
     with pytest.raises(SpecError, match=r"^--preset xyzzy: no such preset; there are bckd, "):
-        spec.find_preset("xyzzy")
+        preset_files.find_preset("xyzzy")
     with pytest.raises(SpecError) as caught:
-        spec.find_preset(str(tmp_path))
+        preset_files.find_preset(str(tmp_path))
     assert str(caught.value) == f"--preset {tmp_path}: a folder: give a .toml file in it, or the name of a preset"
 
 
@@ -318,7 +319,7 @@ def test_a_preset_of_another_command_is_refused() -> None:
     ):
         with pytest.raises(SpecError) as caught:
             spec.load(cls, name, {"output": "run"}, [])
-        assert str(caught.value) == f"{spec.preset_folder()}/{name}.toml: this preset is for `{command}`"
+        assert str(caught.value) == f"{preset_files.preset_folder()}/{name}.toml: this preset is for `{command}`"
 
 
 def test_faults_of_items_are_not_told_twice() -> None:
@@ -363,5 +364,5 @@ def test_endless_numbers_are_refused(tmp_path: Path) -> None:
 def test_installed_presets_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "presets").mkdir()
     (tmp_path / "presets/only.toml").write_text("")
-    monkeypatch.setattr(spec.resources, "files", lambda _: tmp_path)
-    assert spec.preset_names() == ("only",)
+    monkeypatch.setattr(preset_files.resources, "files", lambda _: tmp_path)
+    assert preset_files.preset_names() == ("only",)

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldctl import checkpoint
+from ldctl import checkpoint, spec
 from ldctl.predict import to_device
+from ldctl.preset_files import preset_names
+from ldctl.spec import DistillSpec
 from ldctl.trainer import Job, Trainer
 
 # Operators whose output has a shape that the values of their inputs decide, or that hand values to Python.
@@ -34,6 +36,13 @@ VALUE_DEPENDENT = {
 }
 READS = {"tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"}  # methods of a tensor
 FULL = [{"kind": "ld"}, {"kind": "ld", "region": "vlr", "weight": 0.0625}, {"kind": "kd"}]
+RECIPES = tuple(name for name in preset_names() if name.startswith("small-") and name != "small-teacher")
+DEFEAT = [{"kind": "imitation", "region": region} for region in ("inside_gt", "outside_gt")]
+
+
+def terms_of(recipe: str) -> list[dict[str, Any]]:
+    terms = spec.load(DistillSpec, recipe, {"teacher.path": "t"}, []).distill.terms
+    return [term.model_dump() for term in terms]
 
 
 class Reads(TorchFunctionMode):
@@ -102,18 +111,20 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("recipe", "expected"), [(None, 1), (FULL, 2), ("default", 2)])
-def test_a_step_waits_at_most_three_times(teacher: Path, recipe: object, expected: int) -> None:
-    """Twice for the number of rows of all regions, and once where losses are logged."""
-    values = {} if recipe == "default" or recipe is None else {"distill__terms": recipe}
-    job = small_job(teacher if recipe else None, **values, train__ema={})
+@pytest.mark.parametrize("recipe", ["plain", "default", "full", "defeat", *RECIPES])
+def test_a_step_waits_at_most_three_times(teacher: Path, recipe: str) -> None:
+    """Once for the rows of all regions, once if boxes are compared, and once to suppress general instances."""
+    recipes = {"full": FULL, "defeat": DEFEAT} | {name: terms_of(name) for name in RECIPES}
+    values = {"distill__terms": recipes[recipe]} if recipe in recipes else {}
+    job = small_job(None if recipe == "plain" else teacher, **values, train__ema={})
     trainer = Trainer(job)
     trainer.wrapped.train()
     batch = first_batch(job)
     trainer.pending.append(trainer.take_step(batch))  # the first also measures shares of the gradient
     trainer.step += 1
     found = syncs(lambda: trainer.pending.append(trainer.take_step(batch)))
-    assert found.total() == expected, found
+    regions = {term.region for term in job.teaching.spec.terms} if job.teaching else set()
+    assert found.total() == 1 + bool(regions & {"vlr", "inside_gt", "outside_gt"}) + ("gi" in regions), found
     assert syncs(trainer._mean_losses).total() == 1
 
 

@@ -27,6 +27,7 @@ from torch.testing import assert_close
 from ldctl import checkpoint, engine, toml, trainer
 from ldctl.assemble import make_job, open_data
 from ldctl.distill import LD
+from ldctl.distillation import DistillationSpec
 from ldctl.errors import Interrupted, OutputError, Terminated, TrainingError
 from ldctl.log import MetricsLog, Progress
 from ldctl.losses import LossSpec
@@ -34,7 +35,7 @@ from ldctl.metrics import Metrics, evaluate
 from ldctl.mmdet import from_mmdet
 from ldctl.models import Detector, HeadSpec, ModelSpec, ResNetSpec
 from ldctl.optim import OptimSpec, build_optimizer, set_lr
-from ldctl.spec import DistillationSpec, TaughtSpec
+from ldctl.spec import TaughtSpec
 from ldctl.step import Learner, Teaching, gradient_shares, split, training_losses
 from ldctl.trainer import Interrupts, Job, Trainer
 from ldctl.types import Batch, Dense, Scaled, Targets

@@ -26,9 +26,10 @@ from ldctl.models.detector import PostprocessSpec
 from ldctl.models.pseudo import pseudo_objects
 from ldctl.pairing import SharedClasses
 from ldctl.regions import main_region
+from ldctl.samples import Dataset, Sample
 from ldctl.step import Lesson, assign_labelled, with_pseudo_objects
 from ldctl.trainer import Job, Trainer
-from ldctl.types import Batch, Dataset, Pair, Sample, Scaled, Targets
+from ldctl.types import Batch, Pair, Scaled, Targets
 
 LOW = 0.02  # the score of a teacher's best detections after some steps only
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ldctl.data.formats import DataSpec
-from ldctl.types import Sample
+from ldctl.samples import Sample
 
 
 @dataclass(frozen=True)

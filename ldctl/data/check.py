@@ -12,7 +12,7 @@ from ldctl.data import index
 from ldctl.data.images import check_file, check_size, read_sample
 from ldctl.data.table import fingerprint
 from ldctl.errors import DataError
-from ldctl.types import Dataset, Fault, Sample, Samples
+from ldctl.samples import Dataset, Fault, Sample, Samples
 
 _THREADS = 16  # waiting for files, not computing
 _CHUNK = 256  # images per task of a thread

@@ -9,7 +9,7 @@ import numpy as np
 
 from ldctl.data.raw import Boxes, ImageEntry, Raw, Split, is_inside
 from ldctl.errors import DataError
-from ldctl.types import Fault
+from ldctl.samples import Fault
 
 NAMES: dict[Split, tuple[str, ...]] = {"train": ("train2017", "train"), "val": ("val2017", "val", "valid")}
 _PLACES = ("annotations/instances_{}.json", "annotations/{}.json", "{}/_annotations.coco.json", "{}.json")

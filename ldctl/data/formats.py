@@ -18,8 +18,8 @@ from ldctl.data.table import relabelled
 from ldctl.data.voc import read_voc, set_name
 from ldctl.data.yolo import find_yaml, read_yolo
 from ldctl.errors import DataError
+from ldctl.samples import Dataset
 from ldctl.schema import Spec
-from ldctl.types import Dataset
 
 
 class DataSpec(Spec):

@@ -10,7 +10,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from ldctl.errors import DataError
-from ldctl.types import Sample
+from ldctl.samples import Sample
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg

@@ -26,7 +26,7 @@ from ldctl.data.raw import Split, assemble
 from ldctl.data.table import prefix, whole
 from ldctl.errors import DataError, OutputError
 from ldctl.files import write_whole
-from ldctl.types import Dataset, Fault, Table
+from ldctl.samples import Dataset, Fault, Table
 
 VERSION = 1  # of the arrays, and of the rules by which annotations become samples
 WORTHWHILE = 10_000_000  # bytes of annotations; fewer are parsed in a third of a second

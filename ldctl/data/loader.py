@@ -32,7 +32,8 @@ from ldctl.data.formats import DataSpec
 from ldctl.data.images import read_sample
 from ldctl.data.teacher_cache import TeacherCache
 from ldctl.errors import CheckpointError, DataError, LdctlError, SpecError
-from ldctl.types import Batch, Dataset, Sample, Scaled, Targets, TeacherRows
+from ldctl.samples import Dataset, Sample
+from ldctl.types import Batch, Scaled, Targets, TeacherRows
 
 # What crosses from a worker: a few tensors (each costs a file handle; images and their sizes at each scale come last),
 # or what is wrong, as an object: raised there, it would lose its class on the way.
@@ -280,11 +281,20 @@ class _Batches(TorchDataset[_Packed | LdctlError]):
         targets = padded(objects, len(samples))
         sizes_hw = [_sizes_hw([scaled(view, scale) for view in plan.views]) for scale in scales]
         counts, taught = _taught(self.cache, plan) if self.cache else ([(0, 0)] * len(samples), ())
-        about = torch.tensor(
-            [(s.height, s.width, s.image_id, s.is_labelled, *told) for s, told in zip(samples, counts, strict=True)],
-            dtype=torch.int64,
+        original_hw = torch.tensor([(sample.height, sample.width) for sample in samples])
+        is_labelled = torch.tensor([sample.is_labelled for sample in samples])
+        about = torch.tensor([(sample.image_id, *told) for sample, told in zip(samples, counts, strict=True)])
+        return (
+            about,
+            original_hw,
+            is_labelled,
+            targets.gt_xyxy,
+            targets.gt_label,
+            targets.is_object,
+            *taught,
+            *shown,
+            *sizes_hw,
         )
-        return about, targets.gt_xyxy, targets.gt_label, targets.is_object, *taught, *shown, *sizes_hw
 
     def _read(self, sample: Sample, largest: View) -> UInt8[Tensor, "3 H W"]:
         """Return the pixels of an image, or at least as many as its largest view has."""
@@ -342,19 +352,19 @@ def _load(batches: _Batches, steps: range, workers: int) -> Generator[Batch, Non
         for packed in iterator:
             if isinstance(packed, LdctlError):
                 raise packed
-            about, xyxy, label, is_object, *rest = packed
+            about, original_hw, is_labelled, xyxy, label, is_object, *rest = packed
             count = 4 + batches.cache.header.has_quality if batches.cache else 0
             taught, shown = rest[:count], rest[count:]
             images, sizes_hw = shown[: len(shown) // 2], shown[len(shown) // 2 :]
             yield Batch(
                 images=images[0],
                 size_hw=sizes_hw[0],
-                original_hw=about[:, :2],
-                image_id=tuple(about[:, 2].tolist()),
+                original_hw=original_hw,
+                image_id=tuple(about[:, 0].tolist()),
                 targets=Targets(gt_xyxy=xyxy, gt_label=label, is_object=is_object),
                 for_teacher=Scaled(images[1], sizes_hw[1]) if len(images) > 1 else None,
-                is_labelled=None if is_annotated else about[:, 3].bool(),
-                taught=_teacher_rows(batches.cache, about[:, 4:].tolist(), taught) if batches.cache else None,
+                is_labelled=None if is_annotated else is_labelled,
+                taught=_teacher_rows(batches.cache, about[:, 1:].tolist(), taught) if batches.cache else None,
             )
     finally:
         # An error's traceback keeps the iterator alive to the end of the process, which would then wait for workers

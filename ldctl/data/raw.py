@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float64, Int64
 from ldctl.data.images import read_sample
 from ldctl.data.table import fingerprint, pack_names, prefix, starts, whole
 from ldctl.errors import DataError
-from ldctl.types import Dataset, Fault, Samples, Table
+from ldctl.samples import Dataset, Fault, Samples, Table
 
 Split = Literal["train", "val"]
 SMALLEST_SIDE = 32  # px; the reference does not train on smaller images

@@ -18,8 +18,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ldctl.data.table import pack
+from ldctl.samples import Dataset, Sample
 from ldctl.schema import Spec
-from ldctl.types import Dataset, Sample
 
 CLASSES = ("disc", "box", "triangle", "cross")
 _DISC, _BOX, _TRIANGLE, _CROSS = range(len(CLASSES))

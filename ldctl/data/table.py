@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from ldctl.types import Sample, Samples, Table
+from ldctl.samples import Sample, Samples, Table
 
 
 def pack(samples: Iterable[Sample]) -> Samples:

@@ -13,7 +13,7 @@ from ldctl.data.images import SUFFIXES, Header, read_header, read_sample
 from ldctl.data.raw import SMALLEST_SIDE
 from ldctl.data.table import fingerprint, pack
 from ldctl.errors import DataError
-from ldctl.types import Dataset, Fault, Sample, Samples
+from ldctl.samples import Dataset, Fault, Sample, Samples
 
 _THREADS = 16  # waiting for files, not computing
 

@@ -12,7 +12,7 @@ import numpy as np
 from ldctl.data.images import SUFFIXES, read_header
 from ldctl.data.raw import Boxes, ImageEntry, Raw, Split
 from ldctl.errors import DataError
-from ldctl.types import Fault
+from ldctl.samples import Fault
 
 # The first pair of sets that is there whole, so that what is evaluated on is never trained on.
 PAIRS = (("train", "val"), ("trainval", "test"), ("train", "test"))

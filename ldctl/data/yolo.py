@@ -15,7 +15,7 @@ import numpy as np
 from ldctl.data.images import SUFFIXES, Header, read_header
 from ldctl.data.raw import Boxes, ImageEntry, Raw, Split, is_inside
 from ldctl.errors import DataError
-from ldctl.types import Fault
+from ldctl.samples import Fault
 
 _KEYS = ("path", "train", "val", "test", "names", "nc")
 _FLOW_ITEM = re.compile(r"""\s*(?:(\d+)\s*:\s*)?('[^']*'|"[^"]*"|[^,\s][^,]*?)\s*(?:,|$)""")

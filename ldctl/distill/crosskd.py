@@ -33,13 +33,13 @@ class CrossKDClass(Spec):
     Attributes:
         region: All valid locations of the teacher.
         weight: Factor. Source: CrossKD's configuration, as that of `beta`.
-        beta: How strongly locations are discounted where cross-head and teacher agree.
+        beta: How strongly locations are discounted where cross-head and teacher agree; see `BinaryKD`.
     """
 
     kind: Literal["crosskd_cls"] = "crosskd_cls"
     region: Literal["all"] = "all"
     weight: float = Field(default=1.0, gt=0)
-    beta: float = Field(default=1.0, gt=0)
+    beta: float = Field(default=1.0, ge=1)
 
     @property
     def name(self) -> str:

@@ -194,13 +194,14 @@ class BinaryKD(Spec):
     Attributes:
         region: `"all"` valid locations or `"main"` (positives); each counts alike, whatever its weight above 0.
         weight: Factor. Source: BCKD and CrossKD use 1.
-        beta: How strongly locations are discounted where student and teacher agree.
+        beta: How strongly locations are discounted where student and teacher agree; below 1 the gradient would have no
+            bound there.
     """
 
     kind: Literal["binary_kd"] = "binary_kd"
     region: Literal["all", "main"] = "all"
     weight: float = Field(default=1.0, gt=0)
-    beta: float = Field(default=1.0, gt=0)
+    beta: float = Field(default=1.0, ge=1)
 
     @property
     def name(self) -> str:

@@ -25,7 +25,7 @@ from ldctl.data.check import inspect
 from ldctl.data.images import read_sample
 from ldctl.data.loader import epoch_order, train_batches
 from ldctl.data.table import pack
-from ldctl.types import Dataset, Sample
+from ldctl.samples import Dataset, Sample
 
 BCCD = Path(__file__).parents[3] / "shared" / "data" / "bccd"
 COCO_IMAGES, COCO_BOXES, COCO_CLASSES = 118_287, 860_001, 80

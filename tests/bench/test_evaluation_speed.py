@@ -11,7 +11,8 @@ from figures import report
 
 from ldctl import curves, metrics
 from ldctl.data.table import pack
-from ldctl.types import Dataset, Detections, Sample
+from ldctl.samples import Dataset, Sample
+from ldctl.types import Detections
 
 CLASSES, OBJECTS_PER_IMAGE, DETECTIONS, IMAGES, FEW_IMAGES, ROUNDS = 80, 7.2, 100, 5000, 250, 5
 

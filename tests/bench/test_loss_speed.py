@@ -11,9 +11,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from ldctl.assign import assign
 from ldctl.boxes import box_area, center_penalty, encode_ltrb, intersection, prior_boxes
 from ldctl.distill import KD, LD
+from ldctl.distillation import DistillationSpec
 from ldctl.losses import LossSpec, detection_losses, distribution_focal_loss, giou_loss, normalizer, positives
 from ldctl.models.detector import Detector, ModelSpec
-from ldctl.spec import DistillationSpec
 from ldctl.step import Lesson, Teaching, distillation_losses, look
 from ldctl.types import Assigned, Dense, Pair, Targets, Where
 

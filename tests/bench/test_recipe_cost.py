@@ -10,7 +10,7 @@ import torch
 from figures import report
 from scenes import random_targets
 
-from ldctl import checkpoint, spec
+from ldctl import checkpoint, preset_files, spec
 from ldctl.assemble import frozen, lay_out
 from ldctl.caching import cache_teacher
 from ldctl.checkpoint import CheckpointMeta
@@ -24,7 +24,7 @@ from ldctl.spec import DistillSpec, TeacherSpec
 from ldctl.step import Learner, Teaching, training_losses
 from ldctl.types import Batch
 
-RECIPES = tuple(name for name in spec.preset_names() if name.startswith("small") and name != "small-teacher")
+RECIPES = tuple(name for name in preset_files.preset_names() if name.startswith("small") and name != "small-teacher")
 CPU = torch.device("cpu")
 HEIGHT, WIDTH, IMAGES, CLASSES, ROUNDS = 256, 320, 8, 3, 7
 

@@ -12,10 +12,11 @@ from figures import coco_like, mmdet_ms, peak_mb, report, threads
 
 from ldctl.assemble import frozen, lay_out
 from ldctl.distill import KD, LD
+from ldctl.distillation import DistillationSpec
 from ldctl.models.detector import Detector, ModelSpec
 from ldctl.models.resnet import ResNetSpec
 from ldctl.optim import build_optimizer
-from ldctl.spec import DistillationSpec, TrainSpec
+from ldctl.spec import TrainSpec
 from ldctl.step import Learner, Teaching, assign_labelled, look, training_losses
 from ldctl.types import Batch, TeacherRows
 
