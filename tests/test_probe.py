@@ -1,5 +1,7 @@
 """Tests of the batch that fits: how it is searched for, that a run is the same with its number, and what is said."""
 
+import os
+import signal
 import tomllib
 from copy import deepcopy
 from dataclasses import replace
@@ -8,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import DATA, MODEL, TRAIN, distill_spec, plain_spec, same
+from jobs import after_step
+from runs import DATA, MODEL, TRAIN, distill_spec, plain_spec, records, same
 from torch import Tensor
 
 from ldctl import distributed, engine, probe
@@ -16,7 +19,7 @@ from ldctl.assemble import Setting, hire, make_job, open_data
 from ldctl.data.augment import eval_view
 from ldctl.data.loader import train_batches
 from ldctl.data.table import pack
-from ldctl.errors import SpecError, TrainingError
+from ldctl.errors import Interrupted, SpecError, TrainingError
 from ldctl.probe import Fit, Trial, extent_of, fit_on_line, largest, largest_batch, most_images, settle_batch
 from ldctl.samples import Sample, Samples
 from ldctl.spec import DistillSpec, RunSpec, load
@@ -128,11 +131,51 @@ def test_each_part_of_a_distillation_has_its_own(tmp_path: Path, capsys: pytest.
     spec = load(DistillSpec, None, deepcopy(flags), [])
     engine.distill(spec, quiet=True)
     said = [line for line in capsys.readouterr().err.splitlines() if "by the linear rule" in line]
-    assert [line.partition(":")[0] for line in said] == ["teacher", "student", "assistant"], "plain takes the student's"
+    assert [line.partition(":")[0] for line in said] == ["teacher", "assistant", "student"], "plain takes the student's"
     for part in ("", "teacher", "assistant", "plain"):
         assert saved_batch(tmp_path / "run" / part) == 2
     engine.distill(engine.distill_spec(None, flags, [], resume=True), resume=True, quiet=True)
     assert "by the linear rule" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+@pytest.mark.parametrize(
+    "shown", [("output",), ("output", "device", "data", "train", "teacher", "assistant", "student")]
+)
+def test_an_assistant_keeps_a_batch_of_its_own(
+    teacher_file: Path, tmp_path: Path, shown: tuple[str, ...], is_begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes more memory than the student; the run is interrupted before its first step, or after it."""
+    flags: dict[str, object] = {
+        "output": str(tmp_path / "run"),
+        "device": "cpu",
+        "data": {**DATA, "synthetic": {"train": 40, "val": 3, "size": 64}},
+        "train": {**TRAIN, "batch": "auto", "epochs": 1},
+        "teacher": {"path": str(teacher_file)},
+        "assistant": {"model": {**MODEL, "head": {"num_convs": 2}}},
+        "student": MODEL,
+    }
+
+    def fit(trial: Trial, most: int, _: torch.device) -> Fit:
+        return Fit(min(most, 2 if trial.model.head.num_convs == 2 else 4), 1, 2)
+
+    def stop(*_: object) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(probe, "_largest_on_cpu", fit)
+        if is_begun:
+            after_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        else:
+            patch.setattr(engine, "examine", stop)
+        with pytest.raises(Interrupted):
+            engine.distill(load(DistillSpec, None, deepcopy(flags), []), quiet=True)
+    monkeypatch.setattr(probe, "largest", lambda *_: pytest.fail("tried out again"))
+    resumed = engine.distill_spec(None, {key: flags[key] for key in shown}, [], resume=True)
+    engine.distill(resumed, resume=True, quiet=True)
+    assert (saved_batch(tmp_path / "run"), saved_batch(tmp_path / "run/assistant")) == (4, 2)
+    steps = {folder: records(tmp_path / folder)[-1]["step"] for folder in ("run", "run/assistant")}
+    assert steps == {"run": 10, "run/assistant": 20}
 
 
 @pytest.fixture(scope="module")
