@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ldctl import checkpoint
+from ldctl.boxes import PAD_MULTIPLE
 from ldctl.classes import ClassMatch
 from ldctl.data import DataSpec
 from ldctl.data.teacher_cache import CachedRegion, CacheHeader, TeacherCache, open_cache
 from ldctl.distill import KD, LD, BCKDBox, BinaryKD, PredictionTerm
 from ldctl.distillation import DistillationSpec
-from ldctl.errors import DataError, SpecError
+from ldctl.errors import CheckpointError, DataError, SpecError
+from ldctl.models.detector import STRIDES
 from ldctl.samples import Dataset
 from ldctl.schema import Spec
 from ldctl.spec import DistillSpec
@@ -78,7 +80,7 @@ def open_matching(spec: DistillSpec) -> TeacherCache:
 
     Raises:
         SpecError: The run asks for more than a cache can hold, or for something else than this one holds.
-        CheckpointError: The cache is missing or damaged.
+        CheckpointError: The cache is missing or damaged, or numbers locations in another way.
     """
     assert spec.teacher.cache is not None, "asked for where there is one"
     check_recipe(spec)
@@ -94,6 +96,11 @@ def open_matching(spec: DistillSpec) -> TeacherCache:
         said = "; ".join(f"{key} {literal(held)}, not {literal(asked)}" for key, (held, asked) in differs.items())
         mend = " ".join(f"--set {key}={literal(held).replace(' ', '')}" for key, (held, _) in differs.items())
         raise SpecError(f"{path}: was made for {said}: pass {mend}, or make another with `ldctl teacher cache`")
+    if cache.header.num_locations != num_locations(spec):  # all that these follow from is the same
+        raise CheckpointError(
+            f"{path}: has {cache.header.num_locations} locations in a view, and this ldctl {num_locations(spec)}: make "
+            "another with `ldctl teacher cache`"
+        )
     for index, term in enumerate(spec.distill.terms):
         lacking = [
             name for name, reads, held in _told(cache.header) if isinstance(term, reads) and term.region not in held
@@ -133,7 +140,7 @@ def _told(header: CacheHeader) -> tuple[tuple[str, Terms, tuple[CachedRegion, ..
 
 
 def check_data(cache: TeacherCache, match: ClassMatch, dataset: Dataset) -> None:
-    """Refuse a cache of other images or classes.
+    """Refuse a cache of images of other names, sizes or boxes, or of other classes; nothing looks at their pixels.
 
     Raises:
         DataError: They are not the same.
@@ -154,6 +161,19 @@ def other_classes(path: Path, match: ClassMatch) -> str:
         "needs the same: pass --teacher FILE without --cache, or say which are the same with "
         "--set 'teacher.classes={...}'"
     )
+
+
+def level_sizes(data: DataSpec, *, is_wide: bool = True) -> tuple[tuple[int, int], ...]:
+    """Return rows and columns of each pyramid level on a canvas."""
+    sides = [-(-side // PAD_MULTIPLE) * PAD_MULTIPLE for side in (data.short_side[1], data.long_side)]
+    height, width = sides if is_wide else reversed(sides)
+    return tuple((-(-height // stride), -(-width // stride)) for stride in STRIDES)
+
+
+def num_locations(spec: DistillSpec) -> int:
+    """Return how many locations a student has on a canvas, wide or tall."""
+    cells = sum(height * width for height, width in level_sizes(spec.data))
+    return cells * len(spec.student.head.prior_wh)
 
 
 def regions_read(spec: DistillSpec, readers: Terms) -> tuple[CachedRegion, ...]:

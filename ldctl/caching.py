@@ -1,6 +1,7 @@
 """A teacher that is paid for once: build the cache of what it says."""
 
 import shutil
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -12,18 +13,20 @@ from torch import Tensor
 from ldctl import checkpoint
 from ldctl.assemble import Setting, choose_device, compare_classes, frozen, load_detector, note, note_faults
 from ldctl.assign import assign
-from ldctl.boxes import PAD_MULTIPLE, location_grid
+from ldctl.boxes import location_grid
 from ldctl.cacheable import (
     READS_CLASSES,
     READS_EDGES,
     assignment,
     check_recipe,
     flips,
+    level_sizes,
+    num_locations,
     other_classes,
     regions_read,
 )
 from ldctl.checkpoint import CheckpointMeta
-from ldctl.data import DataSpec, open_dataset
+from ldctl.data import open_dataset
 from ldctl.data.augment import fixed_view
 from ldctl.data.augment import place as place_objects
 from ldctl.data.cache_writer import CacheWriter, partial_path
@@ -37,7 +40,7 @@ from ldctl.data.teacher_cache import (
     ViewRows,
     view_number,
 )
-from ldctl.errors import DataError, OutputError, SpecError
+from ldctl.errors import DataError, MissingError, OutputError, SpecError
 from ldctl.log import PassProgress
 from ldctl.metrics import Metrics
 from ldctl.models.detector import STRIDES, Detector
@@ -67,12 +70,15 @@ def cache_teacher(spec: DistillSpec, target: Path | None, dtype: Dtype, *, quiet
         What was written.
 
     Raises:
+        MissingError: The system is Windows.
         SpecError: The run asks for what a cache cannot hold, or the teacher for a wider `dtype`.
         DataError: The data cannot be read, or has other classes than the teacher.
         OutputError: The file exists or cannot be written, or there is too little room.
         Interrupted: A signal asked to stop; what was done is kept.
     """
     assert spec.teacher.path is not None, "an argument of the command"
+    if sys.platform == "win32":  # which has neither the locks nor the renaming of open files that a writer needs
+        raise MissingError("teacher cache: needs Linux or macOS: make the file there, or do without --cache")
     check_recipe(spec)
     if spec.train.batch == AUTO:
         raise SpecError('train.batch is "auto": pass --batch with the number that the run is going to have')
@@ -139,7 +145,7 @@ def build(
                 writer.append(rows[: len(views)])
                 num_done += len(views)
                 progress.update(num_done)
-                if stop.received is not None:
+                if stop.received is not None and num_done < header.num_views:
                     raise stops()[stop.received](
                         f"cache: stopped after {num_done} of {header.num_views} views; repeat the command to go on"
                     )
@@ -180,7 +186,7 @@ def header_of(
         num_bins=teacher.head.num_bins,
         has_quality=teacher.head.quality is not None,
         location_offset=teacher.head.location_offset,
-        num_locations=len(students_locations(spec, _level_sizes(spec.data), torch.device("cpu")).level),
+        num_locations=num_locations(spec),
         batch=spec.train.batch_size // spec.train.accumulate,
         bf16=bf16,
         versions=checkpoint.package_versions(),
@@ -267,7 +273,7 @@ def _record_bytes(spec: DistillSpec, header: CacheHeader, dataset: Dataset, inde
     sample = dataset.samples[index]
     view = fixed_view(sample, spec.data, is_flipped)
     is_wide = sample.width > sample.height
-    sizes = _level_sizes(spec.data, is_wide=is_wide)
+    sizes = level_sizes(spec.data, is_wide=is_wide)
     locations = students_locations(spec, sizes, torch.device("cpu"))
     targets = padded([place_objects(sample, view)], 1)
     edge, cls = regions_told(spec, header, locations, targets, torch.tensor([[view.height, view.width]]))
@@ -278,13 +284,6 @@ def students_locations(spec: DistillSpec, sizes_hw: tuple[tuple[int, int], ...],
     """Return the locations of a student that need not be built."""
     head = spec.student.head
     return location_grid(sizes_hw, STRIDES, device, head.location_offset, head.prior_wh)
-
-
-def _level_sizes(data: DataSpec, *, is_wide: bool = True) -> tuple[tuple[int, int], ...]:
-    """Return rows and columns of each pyramid level on a canvas."""
-    sides = [-(-side // PAD_MULTIPLE) * PAD_MULTIPLE for side in (data.short_side[1], data.long_side)]
-    height, width = sides if is_wide else reversed(sides)
-    return tuple((-(-height // stride), -(-width // stride)) for stride in STRIDES)
 
 
 def _mb(size: int | float) -> str:

@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import io
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,8 @@ def has_hotcoco() -> bool:
         version = importlib.metadata.version("hotcoco")
     except importlib.metadata.PackageNotFoundError:
         return False
-    return tuple(map(int, version.split(".")[:2])) >= OLDEST
+    is_final = re.fullmatch(r"\d+(\.\d+)*", version)  # a release candidate may give other bits than its release
+    return is_final is not None and tuple(map(int, version.split(".")[:2])) >= OLDEST
 
 
 @functools.cache

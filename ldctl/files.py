@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -34,6 +35,26 @@ def write_whole(path: Path, content: bytes) -> None:
         reason = error.strerror or type(error).__name__
         raise OutputError(f"{path}: cannot be written ({reason}): free some space or choose another place") from error
     _sync_folder(path.parent)
+
+
+def move_to_new(source: Path, target: Path) -> None:
+    """Move a file to a name in its folder that nothing has yet; what came there in the meantime is not replaced.
+
+    Raises:
+        FileExistsError: Something is there.
+        OSError: The file cannot be moved.
+    """
+    try:
+        target.hardlink_to(source)  # unlike a rename, it never replaces anything
+    except FileExistsError:
+        raise
+    except OSError as error:  # a file system without hard links
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+        source.rename(target)
+    else:
+        source.unlink()
+    _sync_folder(target.parent)
 
 
 def _sync_folder(folder: Path) -> None:

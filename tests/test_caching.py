@@ -19,11 +19,11 @@ from datasets import box, write_coco, write_image
 from jobs import after_step
 from safetensors.torch import load_file
 
-from ldctl import caching, checkpoint, engine, spec
+from ldctl import cacheable, caching, checkpoint, engine, spec
 from ldctl.caching import cache_teacher
 from ldctl.data.cache_writer import CacheWriter, partial_path
 from ldctl.data.teacher_cache import Dtype, ViewRows, open_cache
-from ldctl.errors import CheckpointError, DataError, Interrupted, OutputError, SpecError, Terminated
+from ldctl.errors import CheckpointError, DataError, Interrupted, MissingError, OutputError, SpecError, Terminated
 from ldctl.spec import DistillSpec
 
 SIZES = [(64, 96), (96, 64), (64, 64), (64, 90), (80, 64), (64, 96), (64, 80), (90, 64), (64, 96)]  # height, width
@@ -296,6 +296,28 @@ def test_a_signal_stops_a_build_that_can_go_on(
     assert (tmp_path / "t.cache").read_bytes() == cache.read_bytes()
 
 
+def test_a_signal_during_the_last_batch_changes_nothing(
+    data: Path, teacher: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = CacheWriter.append
+
+    def interrupted(self: CacheWriter, batch: Sequence[ViewRows]) -> None:
+        original(self, batch)
+        if self.num_done == len(self._ends):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(CacheWriter, "append", interrupted)
+    make(tmp_path / "t.cache", data, teacher)
+    assert (tmp_path / "t.cache").read_bytes() == cache.read_bytes()
+
+
+def test_windows(data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caching, "sys", SimpleNamespace(platform="win32"))
+    with pytest.raises(MissingError) as caught:
+        make(tmp_path / "t.cache", data, teacher)
+    assert str(caught.value) == "teacher cache: needs Linux or macOS: make the file there, or do without --cache"
+
+
 def test_what_float16_cannot_hold(data: Path, teacher: Path, tmp_path: Path) -> None:
     loaded = checkpoint.load(teacher)
     loud = {name: value * (1e6 if name == "head.edge.bias" else 1) for name, value in loaded.tensors.items()}
@@ -402,6 +424,17 @@ def test_a_cache_that_was_made_for_something_else(cache: Path, tmp_path: Path, n
         engine.distill(distill_spec(tmp_path / "run", tmp_path / "none", teacher__cache=str(cache), **changed))
     assert str(caught.value) == f"{cache}: {message}"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_grid(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of an ldctl whose pyramid has a level more: of 64 x 96 pixels, one location more."""
+    assert open_cache(cache).header.num_locations == 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2 + 1
+    monkeypatch.setattr(cacheable, "STRIDES", cacheable.STRIDES[:-1])
+    with pytest.raises(CheckpointError) as caught:
+        engine.distill(distill_spec(tmp_path / "run", tmp_path / "none", teacher__cache=str(cache)), quiet=True)
+    assert str(caught.value) == (
+        f"{cache}: has 129 locations in a view, and this ldctl 128: make another with `ldctl teacher cache`"
+    )
 
 
 def test_what_makes_no_difference_is_not_refused(data: Path, cache: Path, tmp_path: Path) -> None:

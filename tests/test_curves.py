@@ -197,7 +197,18 @@ def test_in_a_process_that_was_forked_pycocotools_does_it() -> None:
     assert child.exitcode == 0
 
 
-@pytest.mark.parametrize(("version", "expected"), [("1.3.0", True), ("2.0", True), ("1.2.9", False), (None, False)])
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("1.3.0", True),
+        ("2.0", True),
+        ("1.2.9", False),
+        ("1.3rc1", False),
+        ("2.0.dev3", False),
+        ("x", False),
+        (None, False),
+    ],
+)
 def test_older_versions_are_left_alone(monkeypatch: pytest.MonkeyPatch, version: str | None, expected: bool) -> None:
     def installed(name: str) -> str:
         if version is None:

@@ -1,5 +1,6 @@
 """The file of a cached teacher: what goes in comes out, whatever kills the writer, and nothing else ever does."""
 
+import errno
 import os
 import pickle
 import random
@@ -7,14 +8,18 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 import runs
 
+import ldctl.files
+from ldctl.data import cache_writer
 from ldctl.data.cache_writer import CacheWriter, partial_path
 from ldctl.data.teacher_cache import CacheHeader, TeacherCache, ViewRows, open_cache
 from ldctl.errors import CheckpointError, OutputError
+from ldctl.locks import is_locked
 
 NUM_IMAGES, BINS, CLASSES, LOCATIONS = 7, 5, ("a", "b", "c"), 100
 PLAN = [[0, 1, 4], [5, 8, 9], [12, 13], [2, 3, 6], [7, 10, 11]]  # two canvases, the first with a smaller last batch
@@ -194,6 +199,7 @@ def test_a_header_that_was_being_finished_loses_nothing(cache_file: Path, tmp_pa
     whole = cache_file.read_bytes()
     target, head = tmp_path / "cut.cache", header().packed()
     for cut in range(0, len(head) + 1, 37):
+        target.unlink(missing_ok=True)
         partial_path(target).write_bytes(whole[:cut] + head[cut:] + whole[len(head) :])
         writer = CacheWriter(target, header(), PLAN)
         assert writer.num_done == len(PLAN)
@@ -259,6 +265,60 @@ def test_two_writers(tmp_path: Path) -> None:
     process.join(60)
     assert process.exitcode == 0
     writer.close()
+
+
+@pytest.mark.parametrize("place", ["t.cache", "moved.cache"])
+def test_a_file_that_is_finished_between_opening_and_locking_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """The second writer has the first one's file open, and then locks what has become the finished cache."""
+    target = tmp_path / "t.cache"
+
+    def finished_meanwhile(handle: int) -> bool:
+        monkeypatch.undo()
+        process = runs.start(write, target, header())
+        process.join(60)
+        assert process.exitcode == 0
+        target.rename(tmp_path / place)
+        return is_locked(handle)
+
+    monkeypatch.setattr(cache_writer, "is_locked", finished_meanwhile)
+    with pytest.raises(OutputError) as caught:
+        CacheWriter(target, header(), PLAN)
+    assert str(caught.value) == f"{target}: another ldctl has just finished it: use it, or pass another --output"
+    check(open_cache(tmp_path / place))
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_target_that_came_meanwhile_is_not_replaced(
+    cache_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    target = tmp_path / "u.cache"
+    if not has_links:
+        monkeypatch.setattr(Path, "hardlink_to", refuse_links)
+    writer = CacheWriter(target, header(), PLAN)
+    for batch in PLAN:
+        writer.append([said_of(number, header()) for number in batch])
+    target.write_text("a user's own work")
+    with pytest.raises(OutputError) as caught:
+        writer.finish()
+    writer.close()
+    assert str(caught.value) == f"{target}: exists by now: move it away and repeat the command"
+    assert target.read_text() == "a user's own work"
+    target.unlink()
+    again = CacheWriter(target, header(), PLAN)
+    assert again.num_done == len(PLAN)
+    synced: list[Path] = []
+    monkeypatch.setattr(ldctl.files, "_sync_folder", synced.append)
+    again.finish()
+    assert synced == [tmp_path]
+    again.close()
+    assert target.read_bytes() == cache_file.read_bytes()
+    assert not partial_path(target).exists()
+
+
+def refuse_links(*_: Path) -> None:
+    raise PermissionError(errno.EPERM, "Operation not permitted")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
@@ -359,5 +419,21 @@ def test_a_file_that_shrinks_or_goes_while_it_is_read(cache_file: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot be read any more \(.*\): put it back"):
         check(cache)
     cache_file.unlink()
-    with pytest.raises(CheckpointError, match=r"cannot be read any more \(.*No such file.*\): put it back"):
+    with pytest.raises(CheckpointError, match=r"cannot be read any more \(No such file or directory\): put it back"):
         check(cache)
+
+
+def test_a_file_that_is_cut_between_opening_and_reading(cache_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file that is mapped into memory, the system would end the process."""
+    cache = open_cache(cache_file)
+    original = Path.open
+
+    def cut_once_open(path: Path, *arguments: str) -> IO[bytes]:
+        file = original(path, *arguments)
+        os.truncate(path, cache_file.stat().st_size // 2)
+        return file
+
+    monkeypatch.setattr(Path, "open", cut_once_open)
+    with pytest.raises(CheckpointError) as caught:
+        cache.view(5, True)
+    assert str(caught.value) == f"{cache_file}: cannot be read any more (it was cut): put it back"

@@ -20,6 +20,7 @@ from ldctl.data.teacher_cache import (
     view_numbers,
 )
 from ldctl.errors import CheckpointError, OutputError
+from ldctl.files import move_to_new
 from ldctl.locks import is_locked
 
 
@@ -48,8 +49,8 @@ class CacheWriter:
             plan: The numbers of the views of each batch; each view once.
 
         Raises:
-            OutputError: The file cannot be written; another process is writing it; it is half a cache of something
-                else, or no cache.
+            OutputError: The file cannot be written; another process is writing it, or has just finished; it is half a
+                cache of something else, or no cache.
         """
         self._target, self._header = target, header
         self._path = partial_path(target)
@@ -68,6 +69,9 @@ class CacheWriter:
         try:
             if is_locked(self._handle):
                 raise OutputError(f"{self._path}: another ldctl is writing here: wait for it, or pass another --output")
+            # who had the lock before may have moved the file to its place since it was opened here
+            if target.exists() or not _is_at(self._path, self._handle):
+                raise OutputError(f"{target}: another ldctl has just finished it: use it, or pass another --output")
             self._claim()
             self.num_done = self._count_done()
         except OSError as error:
@@ -101,7 +105,7 @@ class CacheWriter:
         """Write the header that says that all is there, and move the file to its place.
 
         Raises:
-            OutputError: The file cannot be written.
+            OutputError: The file cannot be written, or its place was taken since; what was written is kept.
         """
         assert self.num_done == len(self._ends), "all batches are written"
         digest = hashlib.sha256(self._index.tobytes()).hexdigest()
@@ -109,7 +113,9 @@ class CacheWriter:
             os.fsync(self._handle)
             _write_at(self._handle, self._header.model_copy(update={"index_sha256": digest}).packed(), 0)
             os.fsync(self._handle)
-            self._path.replace(self._target)
+            move_to_new(self._path, self._target)
+        except FileExistsError as error:
+            raise OutputError(f"{self._target}: exists by now: move it away and repeat the command") from error
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -160,6 +166,14 @@ class CacheWriter:
             f"{self._path}: cannot be written ({error.strerror}): free some space and repeat the command, which goes "
             "on, or pass another --output"
         )
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    """Return whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 def _write_at(handle: int, content: bytes, offset: int) -> None:

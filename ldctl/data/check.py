@@ -13,9 +13,21 @@ from ldctl.data.images import check_file, check_size, read_sample
 from ldctl.data.table import fingerprint
 from ldctl.errors import DataError
 from ldctl.samples import Dataset, Fault, Sample, Samples
+from ldctl.schema import Spec
 
 _THREADS = 16  # waiting for files, not computing
 _CHUNK = 256  # images per task of a thread
+_COLUMNS: index.Columns = {"stamp": ("I64", 2)}
+
+
+class _Checked(Spec):
+    """What a memory of sound files is of.
+
+    Attributes:
+        made_of: Fingerprint of the data set.
+    """
+
+    made_of: str
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ def inspect(dataset: Dataset) -> Inspection:
         looks = list(pool.map(_look, [samples[chunk] for chunk in chunks], [known[chunk] for chunk in chunks]))
     stamp = np.concatenate([look.stamp for look in looks])
     if dataset.checked and not np.array_equal(stamp, known):
-        index.store(dataset.checked, {"made_of": dataset.fingerprint}, {"stamp": stamp})
+        index.store(dataset.checked, _Checked(made_of=dataset.fingerprint), {"stamp": stamp})
     found = [fault for look in looks for fault in look.faults]
     faults = (*dataset.faults, *(fault for fault in found if fault is not None))
     left = samples.take(np.array([fault is None for fault in found]))
@@ -78,12 +90,12 @@ def inspect(dataset: Dataset) -> Inspection:
 
 def _remembered(dataset: Dataset) -> Int64[np.ndarray, "S 3"]:
     """Return the stamps of the files that were found sound before, zeros for all others."""
-    stored = index.load(dataset.checked) if dataset.checked else None
+    stored = index.load(dataset.checked, _Checked, _COLUMNS) if dataset.checked else None
     nothing = np.zeros((len(dataset.samples), 3), dtype=np.int64)
-    if stored is None or stored.about.get("made_of") != dataset.fingerprint:
+    if stored is None or stored.about.made_of != dataset.fingerprint:
         return nothing
-    stamp = stored.arrays.get("stamp", nothing)
-    return stamp if stamp.shape == nothing.shape and stamp.dtype == nothing.dtype else nothing
+    stamp = stored.arrays["stamp"]
+    return stamp if stamp.shape == nothing.shape else nothing
 
 
 def _look(samples: Samples, known: Int64[np.ndarray, "S 3"]) -> _Look:

@@ -1,54 +1,102 @@
 """What was once learned of a large annotation file, beside it, so that it is parsed once and not by every process.
 
 An index is a safetensors file of a few flat arrays that are mapped into memory: opening one reads no annotation, and
-all processes on a machine share its pages. It is used only for the very file that it was made of, and only whole:
-anything else is passed over, and made anew. Where none can be written, everything works without.
+all processes on a machine share its pages. It is used only for an annotation file of the same size and time of change
+as the one that it was made of, with the same bytes in `_BLOCKS` places all over it: what is changed between these, with
+the time set back, passes unseen. And only whole: anything else is passed over, and made anew. Where none can be
+written, everything works without.
 """
 
 import contextlib
 import hashlib
-import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import safetensors.numpy
 from jaxtyping import Int64, Shaped, UInt8
+from pydantic import Field, ValidationError
+from pydantic_core import PydanticSerializationError
 from safetensors import SafetensorError, safe_open
 
 from ldctl.data.coco import image_folder, probes, read_coco
 from ldctl.data.images import read_sample
-from ldctl.data.raw import Split, assemble
+from ldctl.data.raw import Raw, Split, assemble
 from ldctl.data.table import prefix, whole
 from ldctl.errors import DataError, OutputError
 from ldctl.files import write_whole
 from ldctl.samples import Dataset, Fault, Table
+from ldctl.schema import Spec
 
 VERSION = 1  # of the arrays, and of the rules by which annotations become samples
 WORTHWHILE = 10_000_000  # bytes of annotations; fewer are parsed in a third of a second
 _BLOCKS, _BLOCK_BYTES = 64, 65_536  # of an annotation file that are hashed, from all over it
 _TEXT = "ldctl-index"  # of the strings in a safetensors header: a checksum, a space, and a JSON object
-_COLUMNS = dict.fromkeys(("image_id", "height", "width", "first_byte", "first_object", "label"), "int64")
-_COLUMNS |= {"names": "uint8", "xyxy": "float32", "area": "float32", "is_labelled": "bool", "is_crowd": "bool"}
 
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
+Columns = Mapping[str, tuple[str, int]]  # of each array, its type as safetensors spells it, and its number of axes
+A = TypeVar("A", bound=Spec)
+
+_COLUMNS: Columns = {
+    **dict.fromkeys(("image_id", "height", "width", "first_byte", "first_object", "label"), ("I64", 1)),
+    **dict.fromkeys(("is_labelled", "is_crowd"), ("BOOL", 1)),
+    "names": ("U8", 1),
+    "xyxy": ("F32", 2),
+    "area": ("F32", 1),
+}
+
+
+class Identity(Spec):
+    """What tells an annotation file from others.
+
+    Attributes:
+        version: `VERSION`.
+        size: Bytes.
+        mtime_ns: Time of change.
+        sample: SHA-256 of some blocks.
+    """
+
+    version: int
+    size: int
+    mtime_ns: int
+    sample: str
+
+
+class About(Spec):
+    """What an index says besides its columns.
+
+    Attributes:
+        made_of: The annotation file.
+        classes: As in `Dataset`.
+        category_id: As in `Dataset`.
+        fingerprint: As in `Dataset`.
+        faults: Item, problem and action of each.
+        probes: Images to look for when looking for their folder.
+    """
+
+    made_of: Identity
+    classes: tuple[str, ...] = Field(min_length=1)
+    category_id: tuple[int, ...]
+    fingerprint: str
+    faults: tuple[tuple[str, str, str], ...]
+    probes: tuple[str, ...] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
-class Stored:
+class Stored(Generic[A]):
     """A file of arrays, mapped into memory.
 
     Attributes:
-        about: What they are of, a JSON object.
+        about: What they are of.
         arrays: By name.
         checksum: Over both.
     """
 
-    about: dict[str, Any]
+    about: A
     arrays: Arrays
     checksum: str
 
@@ -74,36 +122,54 @@ def open_coco(root: Path, split: Split, annotations: Path) -> Dataset:
     raw = read_coco(root, split, annotations)
     dataset = assemble(raw, split)
     if made_of == _identity(annotations):  # else it was written to while it was read
-        about = {
-            "made_of": made_of,
-            "classes": dataset.classes,
-            "category_id": dataset.category_id,
-            "fingerprint": dataset.fingerprint,
-            "faults": [(fault.item, fault.problem, fault.action) for fault in dataset.faults],
-            "probes": [image.as_posix() for image in probes([entry.file for entry in raw.images])],
-        }
-        store(file, about, {name: getattr(dataset.samples.table, name) for name in _COLUMNS})
+        _remember(file, made_of, raw, dataset)
     return _read(file, made_of, root, annotations) or dataset
 
 
-def store(file: Path, about: Mapping[str, Any], arrays: Arrays) -> None:
+def _remember(file: Path, made_of: Identity, raw: Raw, dataset: Dataset) -> None:
+    """Write the index of a data set, unless it would not be used."""
+    arrays: Arrays = {name: getattr(dataset.samples.table, name) for name in _COLUMNS}
+    about = About(
+        made_of=made_of,
+        classes=dataset.classes,
+        category_id=dataset.category_id,
+        fingerprint=dataset.fingerprint,
+        faults=tuple((fault.item, fault.problem, fault.action) for fault in dataset.faults),
+        probes=tuple(image.as_posix() for image in probes([entry.file for entry in raw.images])),
+    )
+    if _is_sound(about, arrays):
+        store(file, about, arrays)
+
+
+def store(file: Path, about: Spec, arrays: Arrays) -> None:
     """Write arrays to a file, if it can be written."""
-    text = json.dumps(dict(about))
-    with contextlib.suppress(OutputError):
+    with contextlib.suppress(OutputError, PydanticSerializationError):  # the latter: what is no Unicode text
+        text = about.model_dump_json()
         write_whole(file, safetensors.numpy.save(arrays, {_TEXT: f"{_checksum(text, arrays)} {text}"}))
 
 
-def load(file: Path) -> Stored | None:
-    """Map the arrays of a file into memory; none where the file is missing, damaged or of something else."""
+def load(file: Path, kind: type[A], columns: Columns) -> Stored[A] | None:
+    """Map the arrays of a file into memory; none where the file is missing, damaged or of something else.
+
+    Args:
+        file: What `store` wrote.
+        kind: Of what the file says of its arrays.
+        columns: Its arrays.
+    """
     try:
         # PyTorch's tensors are views into the mapped file; those of numpy would be copies
         with safe_open(file, framework="pt") as opened:
             texts = opened.metadata() or {}
-            arrays = {name: opened.get_tensor(name).numpy() for name in opened.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError):
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            # numpy has not all types of a file
+            if {name: (one.get_dtype(), len(one.get_shape())) for name, one in slices.items()} != columns:
+                return None
+            arrays = {name: opened.get_tensor(name).numpy() for name in columns}
+        checksum, _, text = texts.get(_TEXT, "").partition(" ")
+        is_whole = checksum == _checksum(text, arrays)
+        return Stored(kind.model_validate_json(text), arrays, checksum) if is_whole else None
+    except (SafetensorError, OSError, ValidationError):
         return None
-    checksum, _, text = texts.get(_TEXT, "").partition(" ")
-    return Stored(json.loads(text), arrays, checksum) if checksum == _checksum(text, arrays) else None
 
 
 def _checksum(text: str, arrays: Arrays) -> str:
@@ -113,8 +179,8 @@ def _checksum(text: str, arrays: Arrays) -> str:
     return f"{value:08x}"
 
 
-def _identity(annotations: Path) -> dict[str, Any] | None:
-    """Return what tells an annotation file from all others; none for one that is too small for an index."""
+def _identity(annotations: Path) -> Identity | None:
+    """Return what tells an annotation file from others; none for one that is too small for an index."""
     try:
         status = annotations.stat()
         if status.st_size < WORTHWHILE:
@@ -126,31 +192,29 @@ def _identity(annotations: Path) -> dict[str, Any] | None:
                 digest.update(file.read(_BLOCK_BYTES))
     except OSError:  # said where it is read
         return None
-    return {"version": VERSION, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sample": digest.hexdigest()}
+    return Identity(version=VERSION, size=status.st_size, mtime_ns=status.st_mtime_ns, sample=digest.hexdigest())
 
 
-def _read(file: Path, made_of: dict[str, Any], root: Path, annotations: Path) -> Dataset | None:
+def _read(file: Path, made_of: Identity, root: Path, annotations: Path) -> Dataset | None:
     """Return the data set of an index; none where it is not of this annotation file."""
-    stored = load(file)
-    if stored is None or stored.about.get("made_of") != made_of:
+    stored = load(file, About, _COLUMNS)
+    if stored is None or stored.about.made_of != made_of or not _is_sound(stored.about, stored.arrays):
         return None
     about = stored.about
-    if not _is_sound(stored.arrays, len(about["classes"])):
-        return None
-    folder = image_folder(root, annotations, [Path(name) for name in about["probes"]])
+    folder = image_folder(root, annotations, [Path(name) for name in about.probes])
     return Dataset(
         name=str(annotations),
-        classes=tuple(about["classes"]),
-        category_id=tuple(about["category_id"]),
+        classes=about.classes,
+        category_id=about.category_id,
         samples=whole(_table(stored, file, prefix(folder))),
         read=read_sample,
-        fingerprint=about["fingerprint"],
-        faults=tuple(Fault(str(annotations), *fault) for fault in about["faults"]),
+        fingerprint=about.fingerprint,
+        faults=tuple(Fault(str(annotations), *fault) for fault in about.faults),
         checked=file.with_suffix(".checked.ldctl"),
     )
 
 
-def _table(stored: Stored, file: Path, start: str) -> Table:
+def _table(stored: Stored[About], file: Path, start: str) -> Table:
     columns: dict[str, Any] = dict(stored.arrays)
     return Table(**columns, prefix=start, reopen=partial(_reopen, file, stored.checksum, start))
 
@@ -161,34 +225,44 @@ def _reopen(file: Path, checksum: str, start: str) -> Table:
     Raises:
         DataError: It is not the same any more.
     """
-    stored = load(file)
+    stored = load(file, About, _COLUMNS)
     if stored is None or stored.checksum != checksum:
         raise DataError(f"{file}: was replaced while it was in use: repeat the command, with --resume in training")
     return _table(stored, file, start)
 
 
-def _is_sound(arrays: Arrays, num_classes: int) -> bool:
-    """Return whether these are the columns of a table, all positions inside it and all images inside their folder."""
-    if {name: str(array.dtype) for name, array in arrays.items()} != _COLUMNS:
-        return False
+def _is_sound(about: About, arrays: Arrays) -> bool:
+    """Return whether these are the columns of a table that a reader can have made, every position inside it."""
     shape = {name: array.shape for name, array in arrays.items()}
     num_images, num_objects = shape["image_id"][0], shape["label"][0]
     return (
-        all(shape[name] == (num_images,) for name in ("image_id", "height", "width", "is_labelled"))
-        and all(shape[name] == (num_objects,) for name in ("label", "area", "is_crowd"))
+        all(shape[name] == (num_images,) for name in ("height", "width", "is_labelled"))
+        and all(shape[name] == (num_objects,) for name in ("area", "is_crowd"))
         and shape["xyxy"] == (num_objects, 4)
         and _are_starts(arrays["first_byte"], num_images, len(arrays["names"]))
         and _are_starts(arrays["first_object"], num_images, num_objects)
-        and bool(((arrays["label"] >= 0) & (arrays["label"] < num_classes)).all())
-        and _stay_inside(arrays["names"], arrays["first_byte"])
+        and len(about.category_id) == len(about.classes)
+        and bool(((arrays["label"] >= 0) & (arrays["label"] < len(about.classes))).all())
+        and bool((arrays["height"] >= 1).all() and (arrays["width"] >= 1).all())
+        and bool(np.isfinite(arrays["xyxy"]).all() and not np.isnan(arrays["area"]).any())
+        and _are_names(arrays["names"], arrays["first_byte"])
     )
 
 
 def _are_starts(values: Int64[np.ndarray, " _"], count: int, end: int) -> bool:
-    return values.shape == (count + 1,) and bool(values[0] == 0 and values[-1] == end and (np.diff(values) >= 0).all())
+    is_one_each = values.shape == (count + 1,)
+    return is_one_each and bool(values[0] == 0 and values[-1] == end and (values[:-1] <= values[1:]).all())
 
 
-def _stay_inside(names: UInt8[np.ndarray, " M"], first_byte: Int64[np.ndarray, " _"]) -> bool:
-    """Return whether no name can lead out of its folder, told without looking at the names one by one."""
-    is_absolute = (names[first_byte[:-1]] == ord("/")).any()
-    return not is_absolute and not any(mark in names.tobytes() for mark in (b"..", b"\\", b":"))
+def _are_names(names: UInt8[np.ndarray, " M"], first_byte: Int64[np.ndarray, " _"]) -> bool:
+    """Return whether all are names of files in a folder, told without looking at them one by one."""
+    content = names.tobytes()
+    try:
+        content.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return False
+    if (np.diff(first_byte) == 0).any():
+        return False
+    first = names[first_byte[:-1]]
+    is_cut = (first & 0xC0) == 0x80  # a character's later byte
+    return not (is_cut | (first == ord("/"))).any() and not any(mark in content for mark in (b"..", b"\\", b":", b"\0"))

@@ -4,9 +4,10 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64, Shaped, UInt8
 
 from ldctl.samples import Sample, Samples, Table
 
@@ -31,6 +32,14 @@ def pack(samples: Iterable[Sample]) -> Samples:
             is_crowd=np.concatenate([np.zeros(0, np.bool_), *(sample.is_crowd for sample in rows)]),
         )
     )
+
+
+def joined(*parts: Samples) -> Samples:
+    """Return the images of all parts, in their order, as a table in memory: what was mapped from a file is copied."""
+    columns = [_columns(samples) for samples in parts]
+    merged: dict[str, Any] = {name: np.concatenate([each[name] for each in columns]) for name in columns[0]}
+    names, first_byte = pack_names([samples.file(place) for samples in parts for place in range(len(samples))])
+    return whole(Table(first_byte=first_byte, names=names, first_object=starts(merged.pop("count")), **merged))
 
 
 def whole(table: Table) -> Samples:
@@ -64,16 +73,27 @@ def fingerprint(classes: tuple[str, ...], category_id: tuple[int, ...], samples:
 
     Folders do not enter, so that a data set keeps its fingerprint when it moves; nor do pixels.
     """
+    names = [PurePath(samples.file(position)).name for position in range(len(samples))]
+    digest = hashlib.sha256(repr((classes, category_id, names)).encode("utf-8", "surrogatepass"))
+    for column in _columns(samples).values():
+        digest.update(column.tobytes())
+    return digest.hexdigest()
+
+
+def _columns(samples: Samples) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """Return the columns of a table of these images alone, but for their names, and how many objects each has."""
     table, rows = samples.table, samples.rows
     count = samples.num_objects
     # the objects of the images one after another: each image's first, and from there on by one
     mine = np.arange(count.sum()) + np.repeat(table.first_object[rows] - starts(count)[:-1], count)
-    label = table.label[mine] if samples.new_label is None else samples.new_label[table.label[mine]]
-    names = [PurePath(samples.file(position)).name for position in range(len(samples))]
-    digest = hashlib.sha256(repr((classes, category_id, names)).encode("utf-8", "surrogatepass"))
-    for column in (
-        *(table.image_id[rows], samples.height, samples.width, samples.is_labelled, count),
-        *(table.xyxy[mine], label, table.area[mine], table.is_crowd[mine]),
-    ):
-        digest.update(column.tobytes())
-    return digest.hexdigest()
+    return {
+        "image_id": table.image_id[rows],
+        "height": samples.height,
+        "width": samples.width,
+        "is_labelled": samples.is_labelled,
+        "count": count,
+        "xyxy": table.xyxy[mine],
+        "label": table.label[mine] if samples.new_label is None else samples.new_label[table.label[mine]],
+        "area": table.area[mine],
+        "is_crowd": table.is_crowd[mine],
+    }

@@ -1,4 +1,4 @@
-"""What a teacher says of every view of a data set, computed once: one memory-mapped file.
+"""What a teacher says of every view of a data set, computed once: one file.
 
 Regions that follow from the objects alone are the same in every epoch, and so are the teacher's outputs there, as long
 as an image is shown in finitely many ways: at one scale, mirrored or not. Only these outputs are kept.
@@ -15,6 +15,10 @@ are (int32, ascending, on the grid of the view's canvas), then the edge logits o
 others, with the logits of their quality, where the teacher has any.
 The header holds the hash of the index, and a CRC-32 is of the header (without that hash), the entry and the record, so
 that every byte of the file is checked: header and index when it is opened, a record whenever it is read.
+
+The header ties the file to the names, sizes and boxes of the training images (`train_fingerprint`), not to their
+pixels: where images were replaced by others of the same names and sizes, the cache still tells what the teacher said of
+the old ones, and nothing notices.
 """
 
 import hashlib
@@ -190,11 +194,13 @@ class TeacherCache:
         assert min(counts) >= 0, "the run's flips were held against the cache's"
         size = self.header.record_bytes(*counts)
         try:
-            # mapped anew each time: that costs less than a millisecond, and tells a file that has shrunk
-            mapped = np.memmap(self.path, np.uint8, "r", int(self.offset[number]), (size,)) if size else np.empty(0)
-            record = mapped.tobytes()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path}: cannot be read any more ({error}): put it back") from error
+            with self.path.open("rb") as file:  # mapped into memory, a file that is cut would end the process
+                file.seek(int(self.offset[number]))
+                record = file.read(size)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read any more ({error.strerror}): put it back") from error
+        if len(record) < size:
+            raise CheckpointError(f"{self.path}: cannot be read any more (it was cut): put it back")
         if entry_crc(self.seed, number, *counts, record) != self.crc[number]:
             raise _damaged(self.path, f"what it says of image {image} of the data set is not what was written")
         rows = unpacked(record, *counts, self.header)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldctl.data.images import SUFFIXES, Header, read_header, read_sample
 from ldctl.data.raw import SMALLEST_SIDE
-from ldctl.data.table import fingerprint, pack
+from ldctl.data.table import fingerprint, joined, pack
 from ldctl.errors import DataError
 from ldctl.samples import Dataset, Fault, Sample, Samples
 
@@ -69,7 +69,7 @@ def join(labelled: Dataset, unlabelled: Dataset) -> Dataset:
             read=labelled.read if is_plain else ReadEither(labelled.read, unlabelled.read),
             faults=labelled.faults + unlabelled.faults,
         ),
-        pack((*labelled.samples, *unlabelled.samples)),
+        joined(labelled.samples, unlabelled.samples),
     )
 
 
