@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ldctl import checkpoint
 from ldctl.assemble import Setting, choose_device, compare_classes, frozen, load_detector, note, note_faults
-from ldctl.assign import assign
+from ldctl.assign import RULES
 from ldctl.boxes import location_grid
 from ldctl.cacheable import (
     READS_CLASSES,
     READS_EDGES,
-    assignment,
     check_recipe,
     flips,
     level_sizes,
@@ -48,7 +47,7 @@ from ldctl.predict import to_device
 from ldctl.regions import meet, vlr_weights
 from ldctl.samples import Dataset
 from ldctl.spec import AUTO, DistillSpec
-from ldctl.step import RULES, padded_hw
+from ldctl.step import padded_hw
 from ldctl.trainer import interrupts, stops
 from ldctl.types import Batch, Locations, Targets
 
@@ -177,7 +176,7 @@ def header_of(
         short_side=spec.data.short_side[1],
         long_side=spec.data.long_side,
         scaled_jpeg=spec.data.scaled_jpeg,
-        assignment=assignment(spec),
+        assignment=spec.student.head.traits.assignment,
         edge_regions=regions_read(spec, READS_EDGES),
         cls_regions=regions_read(spec, READS_CLASSES),
         vlr=spec.distill.vlr,
@@ -237,7 +236,7 @@ def regions_told(
         targets: Objects.
         size_hw: Sizes of the images.
     """
-    rule = RULES.get(spec.student.head.kind, assign)
+    rule = RULES[spec.student.head.traits.assignment]
     assigned = rule(locations, targets, padded_hw(size_hw), 1)  # which class is of no interest
     met = meet(("vlr",), spec.distill, assigned, targets, locations)
     masks = {"main": assigned.is_positive, "vlr": vlr_weights(spec.distill, met, assigned, targets, locations) > 0}

@@ -168,61 +168,7 @@ class Trainer:
             except OutputError as error:
                 raise OutputError(f"{error}; what was saved before is intact, --resume goes on") from error
 
-    def _train_epoch(self, stop: Interrupts, progress: Progress, log: MetricsLog) -> None:
-        """Train to the end of the epoch, unless an evaluation is due first (resumed between the two)."""
-        job, train = self.job, self.job.train
-        epoch, first_step = divmod(self.step, self.steps_per_epoch)
-        if first_step == 0 and self.step > self.evaluated_step and self._wants_evaluation():
-            return
-        self.wrapped.train()
-        batches = train_batches(
-            job.train_set,
-            job.data,
-            batch_size=train.batch_size,
-            seed=train.seed,
-            epoch=epoch,
-            first_step=first_step,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            teacher_scale=job.teaching.scale if job.teaching else 1.0,
-            cache=job.teaching.cache if job.teaching else None,
-        )
-        with closing(batches):
-            self._take_steps(batches, epoch, stop, progress, log)
-
-    def _take_steps(
-        self, batches: Iterable[Batch], epoch: int, stop: Interrupts, progress: Progress, log: MetricsLog
-    ) -> None:
-        """Take a step with each batch; record, save and stop where that is due."""
-        job, train = self.job, self.job.train
-        unseen, waited, mark = 0, 0.0, time.monotonic()
-        for batch in on_device(batches, job.device):
-            waited += time.monotonic() - mark
-            self.pending.append(self._optimize(batch))
-            self.step += 1
-            unseen += train.batch_size
-            if self.shares:
-                log.write(progress.gradients(epoch=epoch + 1, step=self.step, shares=self.shares))
-                self.shares = {}
-            is_last = self.step % self.steps_per_epoch == 0
-            is_recorded = self.step % train.log_every == 0 or is_last or self.step == 1
-            if is_recorded:
-                values = self._mean_losses()  # synchronises, once per record
-                values["lr"] = self.optimizer.param_groups[0]["lr"]
-                if job.device.type == "cuda":
-                    values["memory_gb"] = torch.cuda.max_memory_allocated(job.device) / 2**30
-                record = progress.train(
-                    epoch=epoch + 1, step=self.step, images=unseen, data_seconds=waited, values=values
-                )
-                log.write(record)
-                self.pending, unseen, waited = [], 0, 0.0
-            signal_number = _agreed(stop.received, is_recorded)
-            if signal_number or is_last or self.step % train.save_every == 0:
-                self._save_state()
-            self._stop_if(signal_number)
-            mark = time.monotonic()
-
-    def _optimize(self, batch: Batch) -> dict[str, Tensor]:
+    def take_step(self, batch: Batch) -> dict[str, Tensor]:
         """Take one optimizer step; return its losses, detached and still on the device."""
         job, train = self.job, self.job.train
         factor = lr_factor(train.schedule, self.step, self.steps_per_epoch, train.epochs)
@@ -261,6 +207,60 @@ class Trainer:
         if self.ema:
             self.ema.update(job.detector)
         return sums
+
+    def _train_epoch(self, stop: Interrupts, progress: Progress, log: MetricsLog) -> None:
+        """Train to the end of the epoch, unless an evaluation is due first (resumed between the two)."""
+        job, train = self.job, self.job.train
+        epoch, first_step = divmod(self.step, self.steps_per_epoch)
+        if first_step == 0 and self.step > self.evaluated_step and self._wants_evaluation():
+            return
+        self.wrapped.train()
+        batches = train_batches(
+            job.train_set,
+            job.data,
+            batch_size=train.batch_size,
+            seed=train.seed,
+            epoch=epoch,
+            first_step=first_step,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            teacher_scale=job.teaching.scale if job.teaching else 1.0,
+            cache=job.teaching.cache if job.teaching else None,
+        )
+        with closing(batches):
+            self._take_steps(batches, epoch, stop, progress, log)
+
+    def _take_steps(
+        self, batches: Iterable[Batch], epoch: int, stop: Interrupts, progress: Progress, log: MetricsLog
+    ) -> None:
+        """Take a step with each batch; record, save and stop where that is due."""
+        job, train = self.job, self.job.train
+        unseen, waited, mark = 0, 0.0, time.monotonic()
+        for batch in on_device(batches, job.device):
+            waited += time.monotonic() - mark
+            self.pending.append(self.take_step(batch))
+            self.step += 1
+            unseen += train.batch_size
+            if self.shares:
+                log.write(progress.gradients(epoch=epoch + 1, step=self.step, shares=self.shares))
+                self.shares = {}
+            is_last = self.step % self.steps_per_epoch == 0
+            is_recorded = self.step % train.log_every == 0 or is_last or self.step == 1
+            if is_recorded:
+                values = self._mean_losses()  # synchronises, once per record
+                values["lr"] = self.optimizer.param_groups[0]["lr"]
+                if job.device.type == "cuda":
+                    values["memory_gb"] = torch.cuda.max_memory_allocated(job.device) / 2**30
+                record = progress.train(
+                    epoch=epoch + 1, step=self.step, images=unseen, data_seconds=waited, values=values
+                )
+                log.write(record)
+                self.pending, unseen, waited = [], 0, 0.0
+            signal_number = _agreed(stop.received, is_recorded)
+            if signal_number or is_last or self.step % train.save_every == 0:
+                self._save_state()
+            self._stop_if(signal_number)
+            mark = time.monotonic()
 
     def _gradients_reduced(self, is_reduced: bool) -> AbstractContextManager[None]:
         """Average gradients over ranks in this backward pass, or leave that to a later one."""

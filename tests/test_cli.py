@@ -595,13 +595,13 @@ def test_a_full_disk_loses_nothing(ldctl: Callable[[str], Ran], small_disk: Path
 def slow_steps() -> None:
     from ldctl.trainer import Trainer
 
-    original = Trainer._optimize
+    original = Trainer.take_step
 
     def slow(self: Trainer, batch: Batch) -> dict[str, torch.Tensor]:
         time.sleep(0.3)
         return original(self, batch)
 
-    Trainer._optimize = slow  # type: ignore[method-assign]
+    Trainer.take_step = slow  # type: ignore[method-assign]
 
 
 def wait_for(process: BaseProcess, found: Callable[[], bool]) -> None:
@@ -757,7 +757,7 @@ def test_a_start_that_failed_while_it_was_computing_does_not_stand_in_the_way(
 
     line = f"teacher train {SYNTHETIC} {PLAIN} --epochs 1 -o run -q"
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_optimize", fail)
+        patch.setattr(Trainer, "take_step", fail)
         assert ldctl(line).code == 8
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "metrics.jsonl", "spec.toml"]
     assert ldctl(line).code == 0

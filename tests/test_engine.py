@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -132,6 +133,27 @@ def test_initial_weights_are_looked_for_before_anything_is_trained(teacher: Path
     spec = runs.distill_spec(tmp_path / "run", teacher, student__backbone__init=str(tmp_path / "none.pth"))
     with pytest.raises(CheckpointError, match=r"none\.pth: no such file"):
         engine.distill(spec, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_a_teacher_from_the_future(
+    teacher: Path, tmp_path: Path, is_cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model, in its file or in the header of its cache, has a key that this version does not know."""
+    loaded = checkpoint.load(teacher)
+    meta = loaded.meta.model_copy(update={"model": {**loaded.meta.model, "decoder": "new"}})
+    path = tmp_path / ("t.cache" if is_cached else "t.safetensors")
+    values = {}
+    if is_cached:
+        monkeypatch.setattr(engine, "open_matching", lambda _: SimpleNamespace(path=path, header=meta))
+        values = {"teacher__cache": str(path)}
+    else:
+        checkpoint.save(path, loaded.tensors, meta)
+    spec = runs.distill_spec(tmp_path / "run", path, **values)
+    with pytest.raises(CheckpointError) as caught:
+        engine.distill(spec, quiet=True)
+    assert str(caught.value) == f"{path}: holds a model that this version cannot build: update ldctl"
     assert not (tmp_path / "run").exists()
 
 

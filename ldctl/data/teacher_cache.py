@@ -34,6 +34,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from ldctl.errors import CheckpointError
 from ldctl.schema import Spec
+from ldctl.types import Rule
 
 MAGIC = b"ldcache\x01"  # the last byte is the version of the format
 PREFIX = len(MAGIC) + 8 + 32
@@ -91,7 +92,7 @@ class CacheHeader(Spec):
     short_side: int
     long_side: int
     scaled_jpeg: bool
-    assignment: Literal["atss", "fcos", "retina"]
+    assignment: Rule
     edge_regions: tuple[CachedRegion, ...]
     cls_regions: tuple[CachedRegion, ...]
     vlr: str
