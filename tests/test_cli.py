@@ -731,6 +731,11 @@ def test_errors_are_red_unless_the_user_wants_no_colour(
         (MemoryError(), "out of memory: pass a smaller --batch"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: pass a smaller --batch"),
         (
+            RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)"),
+            "no room for a batch in the memory that processes share (/dev/shm): lower --batch, the image size or "
+            "data.workers (0 needs none of it), or enlarge it, as with docker run --shm-size=2g",
+        ),
+        (
             torch.cuda.OutOfMemoryError("CUDA out of memory"),
             "out of GPU memory: pass a smaller --batch, or --device cpu",
         ),
