@@ -117,10 +117,16 @@ def assigned_one_by_one(targets: Targets) -> Assigned:
         best, owner = claimed.max(dim=1)
         is_positive = best >= 0
         own = gt_xyxy[owner] * is_positive[:, None]
-        found.append(
-            (label[owner].where(is_positive, CLASSES), own, is_positive, torch.ones_like(is_positive), threshold)
-        )
-    return Assigned(*(torch.stack(values) for values in zip(*found, strict=True)))
+        found.append((label[owner].where(is_positive, CLASSES), own, is_positive, threshold))
+    labels, boxes, is_positive, thresholds = (torch.stack(values) for values in zip(*found, strict=True))
+    return Assigned(
+        label=labels,
+        gt_xyxy=boxes,
+        is_positive=is_positive,
+        is_valid=torch.ones_like(is_positive),
+        is_ignored=torch.zeros_like(is_positive),
+        threshold=thresholds,
+    )
 
 
 @pytest.mark.bench
