@@ -190,6 +190,9 @@ MISTAKES = {
     "distill --teacher no/none.safetensors": (
         5, "error: no/none.safetensors: no such file, and no folder no: check the path\n",
     ),
+    "distill --preset quickstart --set data.unlabelled=no/such": (
+        4, "error: no/such: no such folder: name a folder of images with data.unlabelled, or leave it out\n",
+    ),
     "distill --preset small": (
         5,
         "error: runs/small-teacher/best.safetensors: no such file: train it first with `ldctl teacher train --preset "

@@ -203,8 +203,8 @@ def _not_found(path: Path, split: Split, value: str | None, found: str) -> str:
 def _hint(path: Path, value: str | None) -> str:
     """Say which annotation files there are, first of all the one that may have been meant; nothing of none."""
     files = sorted(str(file.relative_to(path)) for file in (*path.glob("*.json"), *path.glob("annotations/*.json")))
-    by_name = {Path(file).name: file for file in files}
-    near = difflib.get_close_matches(Path(value).name, by_name, n=1) if value else []
-    meant = f"did you mean {by_name[near[0]]}? There" if near else "there"
+    by_stem = {Path(file).stem: file for file in files}
+    near = difflib.get_close_matches(Path(value).stem, by_stem, n=1) if value else []
+    meant = f"did you mean {by_stem[near[0]]}? There" if near else "there"
     more = f" and {len(files) - SHOWN_FILES} more" if len(files) > SHOWN_FILES else ""
     return f"{meant} is {', '.join(files[:SHOWN_FILES])}{more}: name one" if files else ""
