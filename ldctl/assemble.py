@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -196,6 +196,22 @@ def note_faults(faults: Sequence[str], rest: str = "") -> None:
         note(f"data: and {len(faults) - SHOWN_FAULTS} faults more{rest}")
 
 
+def model_in(recorded: Mapping[str, object], path: Path) -> ModelSpec:
+    """Return the spec of a detector that a file is of.
+
+    Args:
+        recorded: As the file has it.
+        path: That file.
+
+    Raises:
+        CheckpointError: It is none that this version knows.
+    """
+    try:
+        return ModelSpec.model_validate_json(json.dumps(recorded))
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: holds a model that this version cannot build: update ldctl") from error
+
+
 def load_detector(path: Path) -> tuple[Detector, CheckpointMeta]:
     """Build the detector of a checkpoint, on the CPU.
 
@@ -203,11 +219,7 @@ def load_detector(path: Path) -> tuple[Detector, CheckpointMeta]:
         CheckpointError: The file is missing, damaged, or not a detector's.
     """
     loaded = checkpoint.load(path)
-    try:
-        spec = ModelSpec.model_validate_json(json.dumps(loaded.meta.model))
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: holds a model that this version cannot build: update ldctl") from error
-    detector = Detector(spec, len(loaded.meta.classes))
+    detector = Detector(model_in(loaded.meta.model, path), len(loaded.meta.classes))
     checkpoint.fit(loaded.tensors, shapes(detector), path)
     detector.load_state_dict(loaded.tensors)
     return detector, loaded.meta
@@ -339,10 +351,17 @@ def make_job(
     detector = Detector(model, len(setting.train_set.classes))
     if not (folder / STATE_FILE).exists() and (said := initialize(detector)):
         note(said)
+    return job_of(spec, name, folder, detector, setting, teaching)
+
+
+def job_of(
+    spec: RunSpec, name: str, folder: Path, detector: Detector, setting: Setting, teaching: Teaching | None
+) -> Job:
+    """Return the job of training a detector; see `make_job`."""
 
     def meta(metrics: dict[str, float]) -> CheckpointMeta:
         return CheckpointMeta(
-            model=model.model_dump(mode="json"),
+            model=detector.spec.model_dump(mode="json"),
             classes=setting.train_set.classes,
             short_side=spec.data.short_side[1],
             long_side=spec.data.long_side,
@@ -350,6 +369,7 @@ def make_job(
             metrics=metrics,
             teacher_sha256=teaching.sha256 if teaching else None,
             data_fingerprint=setting.fingerprint,
+            val_fingerprint=setting.val_set.fingerprint,
         )
 
     return Job(

@@ -1,5 +1,6 @@
 """Which location answers for which object, by ATSS, FCOS or RetinaNet, and each object's IoU threshold."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,7 +8,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from ldctl.boxes import box_area, box_iou, encode_ltrb, level_table, locations_of, prior_boxes
-from ldctl.types import Assigned, Locations, Targets
+from ldctl.types import Assigned, Locations, Rule, Targets
 
 NUM_CANDIDATES = 9  # per object and level. Source: ATSS, table 8
 MIN_CENTER_MARGIN = 0.01  # pixels that a location must lie inside its object. Source: ATSS's released code
@@ -164,6 +165,13 @@ def assign_max_iou(locations: Locations, targets: Targets, pad_hw: Int[Tensor, "
     threshold = candidates(locations, targets, pad_hw).threshold
     assigned = assigned_to(owner, threshold, locations, targets, pad_hw, num_classes)
     return replace(assigned, is_ignored=is_ignored)
+
+
+RULES: dict[Rule, Callable[[Locations, Targets, Int[Tensor, "B 2"], int], Assigned]] = {
+    "atss": assign,
+    "fcos": assign_fcos,
+    "retina": assign_max_iou,
+}
 
 
 def assigned_to(

@@ -1,7 +1,7 @@
 """Which runs can learn from a teacher's cache, what it has to hold for them, and whether a given one does."""
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from ldctl import checkpoint
 from ldctl.boxes import PAD_MULTIPLE
@@ -122,7 +122,7 @@ def _built_for(header: CacheHeader, spec: DistillSpec) -> dict[str, tuple[object
     # GFL's, GFLv2's and ATSS's heads have one rule
     head = spec.student.head.kind
     other = "gfl" if header.assignment == "atss" else header.assignment
-    kind = head if assignment(spec) == header.assignment else other
+    kind = head if spec.student.head.traits.assignment == header.assignment else other
     asked: dict[str, tuple[object, object]] = {
         "data.short_side": ([header.short_side] * 2, list(data.short_side)),
         "data.long_side": (header.long_side, data.long_side),
@@ -186,9 +186,3 @@ def regions_read(spec: DistillSpec, readers: Terms) -> tuple[CachedRegion, ...]:
 def flips(data: DataSpec) -> tuple[bool, ...]:
     """Return whether views are mirrored: never, always, or either."""
     return {0.0: (False,), 1.0: (True,)}.get(data.flip, (False, True))
-
-
-def assignment(spec: DistillSpec) -> Literal["atss", "fcos", "retina"]:
-    """Return the rule by which the student's head assigns objects."""
-    kind = spec.student.head.kind
-    return kind if kind in ("fcos", "retina") else "atss"

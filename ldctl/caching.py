@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ldctl import checkpoint
 from ldctl.assemble import Setting, choose_device, compare_classes, frozen, load_detector, note, note_faults
-from ldctl.assign import assign
+from ldctl.assign import RULES
 from ldctl.boxes import location_grid
 from ldctl.cacheable import (
     READS_CLASSES,
     READS_EDGES,
-    assignment,
     check_recipe,
     flips,
     level_sizes,
@@ -49,7 +48,7 @@ from ldctl.predict import to_device
 from ldctl.regions import meet, vlr_weights
 from ldctl.samples import Dataset
 from ldctl.spec import AUTO, DistillSpec
-from ldctl.step import RULES, padded_hw
+from ldctl.step import padded_hw
 from ldctl.trainer import interrupts, stops
 from ldctl.types import Batch, Locations, Targets
 
@@ -187,14 +186,14 @@ def header_of(
         model=meta.model,
         classes=meta.classes,
         metrics=meta.metrics,
-        metrics_fingerprint=meta.data_fingerprint,
+        metrics_fingerprint=meta.val_fingerprint,
         train_fingerprint=dataset.fingerprint,
         num_images=len(dataset.samples),
         flips=flips(spec.data),
         short_side=spec.data.short_side[1],
         long_side=spec.data.long_side,
         scaled_jpeg=spec.data.scaled_jpeg,
-        assignment=assignment(spec),
+        assignment=spec.student.head.traits.assignment,
         edge_regions=regions_read(spec, READS_EDGES),
         cls_regions=regions_read(spec, READS_CLASSES),
         vlr=spec.distill.vlr,
@@ -254,7 +253,7 @@ def regions_told(
         targets: Objects.
         size_hw: Sizes of the images.
     """
-    rule = RULES.get(spec.student.head.kind, assign)
+    rule = RULES[spec.student.head.traits.assignment]
     assigned = rule(locations, targets, padded_hw(size_hw), 1)  # which class is of no interest
     met = meet(("vlr",), spec.distill, assigned, targets, locations)
     masks = {"main": assigned.is_positive, "vlr": vlr_weights(spec.distill, met, assigned, targets, locations) > 0}
@@ -310,7 +309,7 @@ def _mb(size: int | float) -> str:
 def recorded_metrics(cache: TeacherCache, setting: Setting) -> dict[str, Metrics]:
     """Say what is known of a teacher that is not here; return its metrics by name, if they are of the same images."""
     header = cache.header
-    is_same = header.metrics_fingerprint == setting.fingerprint and "ap" in header.metrics
+    is_same = header.metrics_fingerprint == setting.val_set.fingerprint and "ap" in header.metrics
     said = f"teacher: not loaded, all that it says is in {cache.path}"
     if "ap" in header.metrics:
         said += f"; its file says AP {header.metrics['ap']:.3f} for {'the same images' if is_same else 'others'}"

@@ -49,7 +49,8 @@ class CheckpointMeta(Spec):
         metrics: Figures of the evaluation that chose these weights.
         versions: Of the packages that wrote the file.
         teacher_sha256: SHA-256 of the teacher's file; None without one.
-        data_fingerprint: Of the training set; None for imported weights.
+        data_fingerprint: Of the images to train and to evaluate on; None for imported weights.
+        val_fingerprint: Of those that `metrics` are of; None for imported weights.
         created: Time, ISO 8601, UTC.
     """
 
@@ -66,6 +67,7 @@ class CheckpointMeta(Spec):
     versions: dict[str, str] = Field(default_factory=package_versions)
     teacher_sha256: str | None = None
     data_fingerprint: str | None = None
+    val_fingerprint: str | None = None
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
 

@@ -368,6 +368,11 @@ def _out_of_memory(error: Exception) -> str | None:
             "a process that loads images was killed, probably because memory ran out: lower data.workers or --batch; "
             "a training run goes on with --resume --set data.workers=1"
         )
+    if "allocate shared memory" in text:
+        return (
+            "no room for a batch in the memory that processes share (/dev/shm): lower --batch, the image size or "
+            "data.workers (0 needs none of it), or enlarge it, as with docker run --shm-size=2g"
+        )
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return "out of memory: pass a smaller --batch"
     return None

@@ -1,6 +1,5 @@
 """The verbs: train a teacher, distil, export; and the specs of all."""
 
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from ldctl.assemble import (
     load_detector,
     look_at,
     make_job,
+    model_in,
     note,
     open_data,
     read_annotations,
@@ -41,7 +41,7 @@ from ldctl.probe import settle_batch
 from ldctl.run_folder import SPEC_FILE, check_output, open_folder, run_folder, with_saved_batch, write_spec
 from ldctl.samples import Dataset
 from ldctl.spec import (
-    AssistantSpec,
+    AUTO,
     DistillSpec,
     EvalSpec,
     ExportSpec,
@@ -69,7 +69,7 @@ def teacher_spec(
     spec = _load(TeacherSpec, preset or _saved_spec(flags, resume), flags, assignments)
     name = _name(preset) if preset else f"teacher-{_short(spec.model)}"
     spec = spec if spec.output else spec.model_copy(update={"output": f"runs/{name}"})
-    return with_saved_batch(spec) if resume else spec
+    return with_saved_batch(spec) if resume and spec.train.batch == AUTO else spec
 
 
 def distill_spec(
@@ -82,11 +82,14 @@ def distill_spec(
     if "teacher.cache" in flags and not preset and not resume:
         flags = {"distill.terms": default_terms(), **flags}
     spec = _load(DistillSpec, preset or _saved_spec(flags, resume), flags, assignments)
+    if spec.teacher.cache and "teacher.path" not in flags and not Path(spec.teacher.path or "").is_file():
+        # a preset's teacher that is not here has nothing to do with the one of the cache
+        spec = spec.model_copy(update={"teacher": spec.teacher.model_copy(update={"path": None})})
     parts = [_name(preset)] if preset else []
     if not preset or {"student.backbone", "student.backbone.depth"} & set(flags):  # one recipe serves several students
         parts.append(_short(spec.student))
     spec = spec if spec.output else spec.model_copy(update={"output": f"runs/{'-'.join(parts)}"})
-    return with_saved_batch(spec) if resume else spec
+    return with_saved_batch(spec) if resume and spec.train.batch == AUTO else spec
 
 
 def cache_spec(preset: str | None, flags: Mapping[str, object], assignments: Sequence[str]) -> DistillSpec:
@@ -176,10 +179,10 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
     device = start(spec)
     folder = check_output(spec, resume=resume)
     cache = open_matching(spec) if spec.teacher.cache else None
-    given = Path(spec.teacher.path) if spec.teacher.path and not cache else None
-    known = cache.header if cache else checkpoint.load_meta(given) if given else None
-    if known:
-        check_heads(known.model, spec, cache.path if cache else given)  # before any data is read
+    source = cache.path if cache else Path(spec.teacher.path) if spec.teacher.path else None
+    known = cache.header if cache else checkpoint.load_meta(source) if source else None
+    if known and source:
+        check_heads(model_in(known.model, source), spec, source)  # before any data is read
     annotations = read_annotations(spec.data)
     # before any image is looked at
     match = compare_classes(known.classes if known else None, spec, annotations.val.classes)
@@ -196,9 +199,10 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
         path = cache.path
         teaching = Teaching(None, spec.distill, cache.header.teacher_sha256, cache=cache)
     else:
-        path = given or train_own_teacher(spec, folder, setting.labelled, resume=resume)
+        path = source or train_own_teacher(spec, folder, setting.labelled, resume=resume)
         teaching = hire(path, spec.distill, device, match=match, scale=spec.teacher.scale, pseudo=pseudo_spec(spec))
-    asked = spec
+    # its spec is written before the student's number takes the place of "auto"
+    assistant = begin_assistant(spec, path, folder, setting, teaching, resume=resume)
     # what a cache tells takes next to no memory
     spec = settle_batch(spec, "student", spec.student, setting, None if cache else teaching)
     write_spec(spec, folder, str(match))
@@ -209,8 +213,8 @@ def distill(spec: DistillSpec, *, resume: bool = False, quiet: bool = False) -> 
         results["teacher"] = examine(teaching, path, spec, setting.labelled)
     else:
         note("teacher: its classes are not the data's, so its AP on these images is not known")
-    if spec.assistant:
-        results["assistant"] = train_assistant(asked, spec.assistant, path, folder, setting, teaching, resume=resume)
+    if assistant:
+        results["assistant"] = run_part(assistant, "assistant", assistant.student, setting, teaching)
         teaching = hire(folder / "assistant" / BEST_FILE, spec.distill, device, pseudo=pseudo_spec(spec))
     if spec.compare:
         part = plain_part(spec, "plain", spec.student, spec.train, folder)
@@ -253,9 +257,9 @@ def examine(teaching: Teaching, path: Path, spec: DistillSpec, setting: Setting)
     recorded = meta.metrics.get("ap")
     said = f"teacher: AP {metrics.ap:.3f} on these images"
     if recorded is not None:
-        where = "for the same images" if meta.data_fingerprint == setting.fingerprint else "for others"
-        said += f", its file says {recorded:.3f} {where}"
-        if meta.data_fingerprint == setting.fingerprint and abs(metrics.ap - recorded) > SAME_AP:
+        is_same = meta.val_fingerprint == setting.val_set.fingerprint
+        said += f", its file says {recorded:.3f} for {'the same images' if is_same else 'others'}"
+        if is_same and abs(metrics.ap - recorded) > SAME_AP:
             said += ": it was evaluated at another input size or by another version, or its weights were changed"
     if metrics.ap < USELESS_AP:
         said += ": it finds next to nothing here, so there is little to learn from it: check its classes and input size"
@@ -286,27 +290,26 @@ def train_own_teacher(spec: DistillSpec, folder: Path, setting: Setting, *, resu
     return folder / "teacher" / BEST_FILE
 
 
-def train_assistant(
-    spec: DistillSpec,
-    assistant: AssistantSpec,
-    teacher: Path,
-    folder: Path,
-    setting: Setting,
-    teaching: Teaching,
-    *,
-    resume: bool,
-) -> Metrics:
-    """Distil the teacher's assistant, who will teach the student, in the same way as the student."""
+def begin_assistant(
+    spec: DistillSpec, teacher: Path, folder: Path, setting: Setting, teaching: Teaching, *, resume: bool
+) -> DistillSpec | None:
+    """Begin the part in which the assistant is distilled, in the same way as the student whom it will teach.
+
+    Returns:
+        Its spec with its batch; none without an assistant.
+    """
+    if spec.assistant is None:
+        return None
     changed = {
         "teacher": spec.teacher.model_copy(update={"path": str(teacher), "model": None}),
         "assistant": None,
-        "student": assistant.model,
-        "train": assistant.train or spec.train,
+        "student": spec.assistant.model,
+        "train": spec.assistant.train or spec.train,
         "compare": False,
         "output": str(folder / "assistant"),
     }
     part = spec.model_copy(update=changed)
-    return train_part(part, "assistant", assistant.model, setting, teaching, resume=resume)
+    return begin_part(part, "assistant", part.student, setting, teaching, resume=resume)
 
 
 def plain_part(spec: DistillSpec, name: str, model: ModelSpec, train: TrainSpec, folder: Path) -> TeacherSpec:
@@ -321,17 +324,27 @@ def plain_part(spec: DistillSpec, name: str, model: ModelSpec, train: TrainSpec,
     )
 
 
-def train_part(
+def train_part(part: TeacherSpec, name: str, model: ModelSpec, setting: Setting, *, resume: bool) -> Metrics:
+    """Train a plain detector as part of a distillation run, in a folder of its own."""
+    return run_part(begin_part(part, name, model, setting, resume=resume), name, model, setting)
+
+
+def begin_part(
     part: P, name: str, model: ModelSpec, setting: Setting, teaching: Teaching | None = None, *, resume: bool
-) -> Metrics:
-    """Train a detector as part of a distillation run, in a folder of its own."""
+) -> P:
+    """Open the folder of a detector that is trained as part of a distillation run; return its spec with its batch."""
     folder = Path(part.output or "")
     is_begun = resume and (folder / SPEC_FILE).exists()
     part = with_saved_batch(part) if is_begun else part
     check_output(part, resume=is_begun)
     part = settle_batch(part, name, model, setting, teaching)
     open_folder(part, folder, (), resume=is_begun)
-    return run(make_job(part, name, folder, model, setting, teaching))
+    return part
+
+
+def run_part(part: RunSpec, name: str, model: ModelSpec, setting: Setting, teaching: Teaching | None = None) -> Metrics:
+    """Train a detector as part of a distillation run that has begun."""
+    return run(make_job(part, name, Path(part.output or ""), model, setting, teaching))
 
 
 def publish(spec: RunSpec, folder: Path) -> None:
@@ -356,18 +369,17 @@ def run(job: Job) -> Metrics:
 # --- teachers -------------------------------------------------------------------------------------------------------
 
 
-def check_heads(model: Mapping[str, object], spec: DistillSpec, path: Path | None) -> None:
+def check_heads(teacher: ModelSpec, spec: DistillSpec, path: Path) -> None:
     """Refuse a teacher whose head the terms cannot compare with the student's.
 
     Args:
-        model: The teacher's spec, as its file has it.
+        teacher: The teacher's spec.
         spec: The student, and the terms.
-        path: That file.
+        path: The file that says it.
 
     Raises:
         SpecError: See `DistillSpec.fault_of_heads`.
     """
-    teacher = ModelSpec.model_validate_json(json.dumps(model))
     fault = spec.fault_of_heads(teacher)
     if fault is not None:
         raise SpecError(f"{path}: {fault}")

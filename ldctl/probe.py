@@ -1,6 +1,5 @@
 """The largest batch that fits: tried out before a run, on a detector and an optimizer that are thrown away."""
 
-import ctypes
 import gc
 import os
 from collections.abc import Callable
@@ -8,20 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ldctl import distributed
-from ldctl.assemble import Setting, note
+from ldctl.assemble import Setting, job_of, note
 from ldctl.boxes import PAD_MULTIPLE
-from ldctl.checkpoint import CheckpointMeta
 from ldctl.data import DataSpec
-from ldctl.data.augment import canvas, eval_view, place
+from ldctl.data.augment import Objects, canvas, eval_view, place, resize_size
 from ldctl.errors import SpecError, TrainingError
+from ldctl.memory import available_bytes, peak_bytes
 from ldctl.models.detector import Detector, ModelSpec
 from ldctl.optim import scaled_lr
 from ldctl.samples import Dataset
-from ldctl.spec import AUTO, DistillSpec, RunSpec, TeacherSpec, TrainSpec
+from ldctl.spec import AUTO, DistillSpec, RunSpec, TeacherSpec
 from ldctl.step import Teaching
 from ldctl.trainer import Job, Trainer
 from ldctl.types import Batch, Scaled, Targets
@@ -113,6 +113,23 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
+@dataclass(frozen=True)
+class Extent:
+    """What a data set's images take at most.
+
+    Attributes:
+        height: Pixels of the highest image in the network input, or of a canvas.
+        width: Of the widest.
+        fullest: The objects of the image with the most.
+        has_unlabelled: Whether some images have no annotations.
+    """
+
+    height: int
+    width: int
+    fullest: Objects
+    has_unlabelled: bool
+
+
 class Trial:
     """Takes training steps with micro-batches of some size, of the largest images with the most objects of a data set.
 
@@ -133,69 +150,64 @@ class Trial:
         """
         self.spec, self.model, self.setting, self.teaching = spec, model, setting, teaching
         self.has_buckets = has_buckets
+        self.extent = extent_of(setting.train_set, spec.data)
 
     def __call__(self, images: int) -> None:
         """Take two steps: the second one with the optimizer's state in memory, and both as at the start of an epoch."""
         parts = min(self.spec.train.accumulate, 2)  # the second finds the first one's gradients in memory
-        train = self.spec.train.model_copy(update={"batch": images * parts, "accumulate": parts})
-        trainer = Trainer(self._job(train))
+        trainer = Trainer(self.job(images * parts, parts))
         trainer.wrapped.train()
-        batch = largest_batch(
-            self.setting.train_set,
-            self.spec.data,
-            images * parts,
-            self.teaching.scale if self.teaching else 1.0,
-            self.setting.device,
-        )
+        scale = self.teaching.scale if self.teaching else 1.0
+        batch = largest_batch(self.extent, images * parts, scale, self.setting.device)
         buckets = [torch.zeros_like(p) for p in trainer.learner.parameters() if p.requires_grad and self.has_buckets]
         for _ in range(2):
-            trainer._optimize(batch)  # the run's own step, micro-batches and all
+            trainer.take_step(batch)
         del buckets
 
-    def _job(self, train: TrainSpec) -> Job:
-        """Return a job of its own detector, with random weights."""
-
-        def meta(_: dict[str, float]) -> CheckpointMeta:
-            raise AssertionError("nothing of a trial is saved")
-
-        return Job(
-            name="trial",
-            folder=Path(os.devnull),
-            detector=Detector(self.model, len(self.setting.train_set.classes)).to(self.setting.device),
-            teaching=self.teaching,
-            train=train,
-            data=self.spec.data,
-            postprocess=self.spec.postprocess,
-            train_set=self.setting.train_set,
-            val_set=self.setting.val_set,
-            meta=meta,
-            device=self.setting.device,
-            quiet=True,
-        )
+    def job(self, batch: int, accumulate: int) -> Job:
+        """Return the run's job with a detector of random weights and another batch; nothing of it is saved."""
+        train = self.spec.train.model_copy(update={"batch": batch, "accumulate": accumulate})
+        spec = self.spec.model_copy(update={"train": train})
+        detector = Detector(self.model, len(self.setting.train_set.classes))
+        return job_of(spec, "trial", Path(os.devnull), detector, self.setting, self.teaching)
 
 
-def largest_batch(dataset: Dataset, spec: DataSpec, images: int, teacher_scale: float, device: torch.device) -> Batch:
-    """Return a batch that takes as much memory as any of a data set can.
+def extent_of(dataset: Dataset, spec: DataSpec) -> Extent:
+    """Return what the images of a data set take at most.
 
-    Its height is that of the highest image, its width that of the widest one, as in batches of both orientations, or
-    it is a canvas; the objects are those of the image with the most.
+    The highest and the widest image may be in one batch, as a batch can be of both orientations; a canvas takes the
+    same in either.
 
     Args:
         dataset: What to train on.
         spec: Sizes.
+    """
+    samples, table = dataset.samples, dataset.samples.table
+    before = np.concatenate((np.zeros(1, np.int64), np.cumsum(~table.is_crowd)))  # objects that are no crowds
+    fullest = samples[int(np.diff(before[table.first_object]).take(samples.rows).argmax())]
+    if spec.canvas:
+        held = canvas(fullest, spec)
+        height, width = held.height, held.width
+    else:
+        stored = np.unique(np.stack((samples.height, samples.width), axis=1), axis=0).tolist()
+        shown = [resize_size(high, wide, spec.short_side[1], spec.long_side) for high, wide in stored]
+        height, width = (max(sides) for sides in zip(*shown, strict=True))
+    objects = place(fullest, eval_view(fullest, spec))
+    return Extent(height, width, objects, has_unlabelled=not samples.is_labelled.all())
+
+
+def largest_batch(extent: Extent, images: int, teacher_scale: float, device: torch.device) -> Batch:
+    """Return a batch that takes as much memory as any of a data set can.
+
+    Args:
+        extent: Of the data set.
         images: How many.
         teacher_scale: See `train_batches`.
         device: Where to put it.
     """
-    views = [eval_view(sample, spec) for sample in dataset.samples]
-    fullest = max(range(len(views)), key=lambda index: int((~dataset.samples[index].is_crowd).sum()))
-    held = [canvas(dataset.samples[fullest], spec)] if spec.canvas else views
     multiple = round(PAD_MULTIPLE / min(teacher_scale, 1.0))
-    height, width = (
-        -(-side // multiple) * multiple for side in (max(v.height for v in held), max(v.width for v in held))
-    )
-    objects = place(dataset.samples[fullest], views[fullest])
-    xyxy, label = torch.from_numpy(objects.xyxy), torch.from_numpy(objects.label)
+    height, width = (-(-side // multiple) * multiple for side in (extent.height, extent.width))
+    xyxy, label = torch.from_numpy(extent.fullest.xyxy), torch.from_numpy(extent.fullest.label)
 
     def repeated(value: Tensor) -> Tensor:
         return value.expand(images, *value.shape).to(device)
@@ -206,7 +218,6 @@ def largest_batch(dataset: Dataset, spec: DataSpec, images: int, teacher_scale: 
         )
 
     size_hw = repeated(torch.tensor([height, width]))
-    is_annotated = all(sample.is_labelled for sample in dataset.samples)
     return Batch(
         images=noise(1.0),
         size_hw=size_hw,
@@ -216,7 +227,7 @@ def largest_batch(dataset: Dataset, spec: DataSpec, images: int, teacher_scale: 
         for_teacher=None
         if teacher_scale == 1
         else Scaled(noise(teacher_scale), (size_hw * teacher_scale).to(size_hw.dtype)),
-        is_labelled=None if is_annotated else torch.arange(images, device=device) % 2 == 0,
+        is_labelled=torch.arange(images, device=device) % 2 == 0 if extent.has_unlabelled else None,
     )
 
 
@@ -255,7 +266,7 @@ def _says_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _largest_on_cpu(trial: Callable[[int], None], most: int, _: torch.device) -> Fit:
-    """Measure what two images and four take, and draw a line through both.
+    """Measure what two images and four take, and draw a line through both; or one image, where no more are asked for.
 
     A process that takes too much is killed without a word, so that nothing larger is tried out; nor are four images
     where they might not fit: they take at most twice as much as two.
@@ -265,6 +276,9 @@ def _largest_on_cpu(trial: Callable[[int], None], most: int, _: torch.device) ->
     """
     try:
         total = available_bytes()
+        if most == 1:
+            one = peak_bytes(trial, 1)
+            return Fit(int(one <= CPU_SHARE * total), one, total)
         two = peak_bytes(trial, 2)
         four = peak_bytes(trial, 4) if 2 * two <= CPU_SHARE * total else 2 * two
     except OSError as error:
@@ -272,27 +286,6 @@ def _largest_on_cpu(trial: Callable[[int], None], most: int, _: torch.device) ->
             'train.batch is "auto", but this system does not tell how much memory a step takes: pass a number'
         ) from error
     return fit_on_line(two, four, total, most)
-
-
-def peak_bytes(trial: Callable[[int], None], images: int) -> int:
-    """Return by how much a trial raises this process's memory.
-
-    Raises:
-        OSError: The system does not say.
-    """
-    return_free_memory()
-    before = resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew. Source: Linux, proc(5)
-    trial(images)
-    return max(resident_bytes("VmHWM") - before, 0)
-
-
-def return_free_memory() -> None:
-    """Give what was freed back to the system, as far as the C library can: else a step that takes it again is free."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim:
-        trim(0)
 
 
 def fit_on_line(two: int, four: int, total: int, most: int) -> Fit:
@@ -311,35 +304,3 @@ def fit_on_line(two: int, four: int, total: int, most: int) -> Fit:
 
     images = largest(lambda images: taken(images) <= CPU_SHARE * total, most)
     return Fit(images, taken(max(images, 1)), total)
-
-
-def resident_bytes(key: str) -> int:
-    """Return what the kernel says of this process's memory: `VmRSS` now, `VmHWM` at most since the peak was reset.
-
-    Raises:
-        OSError: It does not say.
-    """
-    return _kilobytes(Path("/proc/self/status"), key)
-
-
-def available_bytes() -> int:
-    """Return the memory that this process can still have: its part, among the ranks of this machine, of what is free.
-
-    Raises:
-        OSError: The system does not say.
-    """
-    free = [_kilobytes(Path("/proc/meminfo"), "MemAvailable")]
-    group = Path("/sys/fs/cgroup")  # of a container
-    limit = group / "memory.max"
-    if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
-        free.append(int(text) - int((group / "memory.current").read_text()))
-    return max(min(free), 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _kilobytes(path: Path, key: str) -> int:
-    """Return the value of `key: value kB` in a file of the kernel's, in bytes."""
-    for line in path.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0]) * 1024
-    raise OSError(f"{path} has no {key}")

@@ -11,7 +11,7 @@ from ldctl import distributed, toml
 from ldctl.errors import OutputError, SpecError
 from ldctl.files import write_whole
 from ldctl.locks import is_locked
-from ldctl.spec import AUTO, RunSpec, TrainSpec
+from ldctl.spec import RunSpec, TrainSpec
 from ldctl.toml_text import literal
 
 S = TypeVar("S", bound=RunSpec)
@@ -124,9 +124,9 @@ def write_spec(spec: RunSpec, folder: Path, remark: str = "") -> None:
 
 
 def with_saved_batch(spec: S) -> S:
-    """Return the spec of a run to resume with the batch that it was begun with, where the spec says `"auto"`."""
+    """Return the spec of a run to resume with the batch that it was begun with; as it is where there is no run."""
     saved = run_folder(spec.output or "") / SPEC_FILE
-    if spec.train.batch != AUTO or not saved.is_file():
+    if not saved.is_file():
         return spec
     try:
         batch = tomllib.loads(saved.read_text())["train"]["batch"]

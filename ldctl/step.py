@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ldctl.assign import assign, assign_fcos, assign_max_iou
+from ldctl.assign import RULES
 from ldctl.boxes import PAD_MULTIPLE
 from ldctl.data.teacher_cache import TeacherCache
 from ldctl.distill import PredictionTerm
@@ -39,9 +39,14 @@ from ldctl.pairing import (
 from ldctl.regions import DRAWN, Region, RegionSpec, draw, main_region, region
 from ldctl.types import Assigned, Batch, Dense, Locations, Normalizer, Pair, Scaled, Targets, TeacherRows, Where
 
-# What other kinds of heads have in the place of GFL's: the rule of assignment, and the losses.
-RULES = {"fcos": assign_fcos, "retina": assign_max_iou}
-OWN_LOSSES = {"atss": centerness_losses, "fcos": centerness_losses, "retina": overlap_losses}
+# By kind of head.
+OWN_LOSSES = {
+    "gfl": detection_losses,
+    "gflv2": detection_losses,
+    "atss": centerness_losses,
+    "fcos": centerness_losses,
+    "retina": overlap_losses,
+}
 
 
 @dataclass(frozen=True)
@@ -176,8 +181,7 @@ def training_losses(
     norm = normalizer(teaching.spec.normalize if teaching else "synced", assigned, boxes, parts=parts)
     if num_positive is not None:
         norm = replace(norm, num_positive=num_positive)
-    own_losses = OWN_LOSSES.get(detector.spec.head.kind, detection_losses)
-    named = own_losses(losses, dense, at_main, assigned, boxes, norm)
+    named = OWN_LOSSES[detector.spec.head.kind](losses, dense, at_main, assigned, boxes, norm)
     if teaching is None:
         return named
     if batch.taught is not None:
@@ -288,7 +292,7 @@ def compare(teaching: Teaching, images: Float[Tensor, "B 3 H W"], student: Dense
 
 def assign_by_head(detector: Detector, locations: Locations, targets: Targets, batch: Batch) -> Assigned:
     """Assign objects to locations by the rule of the detector's head."""
-    rule = RULES.get(detector.spec.head.kind, assign)
+    rule = RULES[detector.spec.head.traits.assignment]
     return rule(locations, targets, padded_hw(batch.size_hw), detector.num_classes)
 
 

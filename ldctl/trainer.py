@@ -168,6 +168,46 @@ class Trainer:
             except OutputError as error:
                 raise OutputError(f"{error}; what was saved before is intact, --resume goes on") from error
 
+    def take_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Take one optimizer step; return its losses, detached and still on the device."""
+        job, train = self.job, self.job.train
+        factor = lr_factor(train.schedule, self.step, self.steps_per_epoch, train.epochs)
+        set_lr(self.optimizer, scaled_lr(train.optim, train.batch_size) * factor)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        parts = split(batch, train.accumulate)
+        uses_bf16 = train.bf16 and job.device.type == "cuda"
+        num_positive = count_positive(job.detector, batch) / len(parts) if len(parts) > 1 else None
+        for index, part in enumerate(parts):
+            is_last = index == len(parts) - 1
+            with self._gradients_reduced(is_last):
+                losses = training_losses(
+                    self.wrapped,
+                    job.detector,
+                    job.teaching,
+                    part,
+                    train.losses,
+                    parts=len(parts),
+                    num_positive=num_positive,
+                    bf16=uses_bf16,
+                )
+                if index == 0 and self.step % self.steps_per_epoch == 0:
+                    shares = gradient_shares(losses, job.detector).tolist()  # synchronises, once per epoch
+                    self.shares = dict(zip(losses, shares, strict=True))
+                    if wrong := ", ".join(name for name, share in self.shares.items() if not math.isfinite(share)):
+                        raise self._diverged(f"the gradient of {wrong} is not finite at step {self.step + 1}")
+                total = torch.stack(list(losses.values())).sum() / len(parts)
+                torch.autograd.backward(total)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach() / len(parts)
+        if train.optim.clip_norm is not None:
+            parameters = [p for p in self.learner.parameters() if p.requires_grad]
+            nn.utils.clip_grad_norm_(parameters, train.optim.clip_norm)
+        self.optimizer.step()
+        if self.ema:
+            self.ema.update(job.detector)
+        return sums
+
     def _train_epoch(self, stop: Interrupts, progress: Progress, log: MetricsLog) -> None:
         """Train to the end of the epoch, unless an evaluation is due first (resumed between the two)."""
         job, train = self.job, self.job.train
@@ -198,7 +238,7 @@ class Trainer:
         unseen, waited, mark = 0, 0.0, time.monotonic()
         for batch in on_device(batches, job.device):
             waited += time.monotonic() - mark
-            self.pending.append(self._optimize(batch))
+            self.pending.append(self.take_step(batch))
             self.step += 1
             unseen += train.batch_size
             if self.shares:
@@ -221,44 +261,6 @@ class Trainer:
                 self._save_state()
             self._stop_if(signal_number)
             mark = time.monotonic()
-
-    def _optimize(self, batch: Batch) -> dict[str, Tensor]:
-        """Take one optimizer step; return its losses, detached and still on the device."""
-        job, train = self.job, self.job.train
-        factor = lr_factor(train.schedule, self.step, self.steps_per_epoch, train.epochs)
-        set_lr(self.optimizer, scaled_lr(train.optim, train.batch_size) * factor)
-        self.optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, Tensor] = {}
-        parts = split(batch, train.accumulate)
-        uses_bf16 = train.bf16 and job.device.type == "cuda"
-        num_positive = count_positive(job.detector, batch) / len(parts) if len(parts) > 1 else None
-        for index, part in enumerate(parts):
-            is_last = index == len(parts) - 1
-            with self._gradients_reduced(is_last):
-                losses = training_losses(
-                    self.wrapped,
-                    job.detector,
-                    job.teaching,
-                    part,
-                    train.losses,
-                    parts=len(parts),
-                    num_positive=num_positive,
-                    bf16=uses_bf16,
-                )
-                if index == 0 and self.step % self.steps_per_epoch == 0:
-                    shares = gradient_shares(losses, job.detector).tolist()  # synchronises, once per epoch
-                    self.shares = dict(zip(losses, shares, strict=True))
-                total = torch.stack(list(losses.values())).sum() / len(parts)
-                torch.autograd.backward(total)
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach() / len(parts)
-        if train.optim.clip_norm is not None:
-            parameters = [p for p in self.learner.parameters() if p.requires_grad]
-            nn.utils.clip_grad_norm_(parameters, train.optim.clip_norm)
-        self.optimizer.step()
-        if self.ema:
-            self.ema.update(job.detector)
-        return sums
 
     def _gradients_reduced(self, is_reduced: bool) -> AbstractContextManager[None]:
         """Average gradients over ranks in this backward pass, or leave that to a later one."""

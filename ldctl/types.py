@@ -25,6 +25,8 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int, UInt8
 from torch import Tensor
 
+Rule = Literal["atss", "fcos", "retina"]  # whose rule tells which location answers for which object
+
 
 @dataclass(frozen=True)
 class Targets:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 # A forked process hangs in its first parallel loop when its parent had threads; one thread also sums in one order.
 torch.set_num_threads(1)
+# A process whose first backward pass comes after an export starts threads for it, and what it forks cannot train then.
+# Where there is a GPU, the first one always does.
+if not torch.cuda.device_count():
+    torch.ones((), requires_grad=True).backward()
 # A shell's background job starts with Ctrl-C ignored, and nohup ignores hanging up; the tests send both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -22,7 +22,7 @@ FROZEN = {"student__backbone__norm": "frozen"}
 
 def after_step(patch: pytest.MonkeyPatch, step: int, do: Callable[[], object]) -> None:
     """Do something at the end of an optimizer step."""
-    original = Trainer._optimize
+    original = Trainer.take_step
 
     def patched(self: Trainer, batch: Batch) -> dict[str, Tensor]:
         losses = original(self, batch)
@@ -30,7 +30,7 @@ def after_step(patch: pytest.MonkeyPatch, step: int, do: Callable[[], object]) -
             do()
         return losses
 
-    patch.setattr(Trainer, "_optimize", patched)
+    patch.setattr(Trainer, "take_step", patched)
 
 
 def small_job(teacher: Path | None = None, **values: object) -> Job:

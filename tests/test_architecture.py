@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "ldctl"
 FILES = sorted(ROOT.rglob("*.py"))
 LAYERS = (
-    {"errors", "types", "samples", "toml_text", "locks"},
+    {"errors", "types", "samples", "toml_text", "locks", "memory"},
     {"boxes", "fused", "curves", "schema", "keys", "distributed", "toml", "files", "preset_files"},
     {
         "assign",

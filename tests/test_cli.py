@@ -634,13 +634,13 @@ def test_a_full_disk_loses_nothing(ldctl: Callable[[str], Ran], small_disk: Path
 def slow_steps() -> None:
     from ldctl.trainer import Trainer
 
-    original = Trainer._optimize
+    original = Trainer.take_step
 
     def slow(self: Trainer, batch: Batch) -> dict[str, torch.Tensor]:
         time.sleep(0.3)
         return original(self, batch)
 
-    Trainer._optimize = slow  # type: ignore[method-assign]
+    Trainer.take_step = slow  # type: ignore[method-assign]
 
 
 def wait_for(process: BaseProcess, found: Callable[[], bool]) -> None:
@@ -770,6 +770,11 @@ def test_errors_are_red_unless_the_user_wants_no_colour(
         (MemoryError(), "out of memory: pass a smaller --batch"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: pass a smaller --batch"),
         (
+            RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)"),
+            "no room for a batch in the memory that processes share (/dev/shm): lower --batch, the image size or "
+            "data.workers (0 needs none of it), or enlarge it, as with docker run --shm-size=2g",
+        ),
+        (
             torch.cuda.OutOfMemoryError("CUDA out of memory"),
             "out of GPU memory: pass a smaller --batch, or --device cpu",
         ),
@@ -796,7 +801,7 @@ def test_a_start_that_failed_while_it_was_computing_does_not_stand_in_the_way(
 
     line = f"teacher train {SYNTHETIC} {PLAIN} --epochs 1 -o run -q"
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_optimize", fail)
+        patch.setattr(Trainer, "take_step", fail)
         assert ldctl(line).code == 8
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "metrics.jsonl", "spec.toml"]
     assert ldctl(line).code == 0

@@ -2,12 +2,13 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
 
 from ldctl import checkpoint, engine
-from ldctl.errors import CheckpointError, OutputError
+from ldctl.errors import CheckpointError, OutputError, TrainingError
 from ldctl.metrics import Metrics
 from ldctl.run_folder import check_output, open_folder
 from ldctl.trainer import BEST_FILE
@@ -135,6 +136,27 @@ def test_initial_weights_are_looked_for_before_anything_is_trained(teacher: Path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_a_teacher_from_the_future(
+    teacher: Path, tmp_path: Path, is_cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model, in its file or in the header of its cache, has a key that this version does not know."""
+    loaded = checkpoint.load(teacher)
+    meta = loaded.meta.model_copy(update={"model": {**loaded.meta.model, "decoder": "new"}})
+    path = tmp_path / ("t.cache" if is_cached else "t.safetensors")
+    values = {}
+    if is_cached:
+        monkeypatch.setattr(engine, "open_matching", lambda _: SimpleNamespace(path=path, header=meta))
+        values = {"teacher__cache": str(path)}
+    else:
+        checkpoint.save(path, loaded.tensors, meta)
+    spec = runs.distill_spec(tmp_path / "run", path, **values)
+    with pytest.raises(CheckpointError) as caught:
+        engine.distill(spec, quiet=True)
+    assert str(caught.value) == f"{path}: holds a model that this version cannot build: update ldctl"
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_another_run_took_meanwhile_is_left_alone(tmp_path: Path) -> None:
     """Between the check and the start the data are read, which takes a while."""
     spec = runs.plain_spec(tmp_path / "run", train__epochs=1)
@@ -145,3 +167,18 @@ def test_a_folder_that_another_run_took_meanwhile_is_left_alone(tmp_path: Path) 
         open_folder(spec, folder, (), resume=False)
     open_folder(spec, folder, (), resume=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(teacher: Path, tmp_path: Path) -> None:
+    spec = runs.distill_spec(tmp_path / "run", teacher, distill__terms=[{"kind": "ld", "weight": 1e38}])
+    with pytest.raises(TrainingError, match=r"^student: the gradient of ld/main is not finite at step 1: "):
+        engine.distill(spec, quiet=True)
+
+
+def test_a_teachers_ap_is_held_against_its_own_on_the_same_images_to_evaluate_on(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the student trains on."""
+    ap = checkpoint.load_meta(teacher).metrics["ap"]
+    said = said_of(teacher, tmp_path / "run", ap, monkeypatch, data__synthetic__train=9)
+    assert f"its file says {ap:.3f} for the same images" in said

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import runs
 import torch
 from onnx import numpy_helper
 from torch import Tensor
@@ -123,6 +124,19 @@ def test_exporter_reports_the_parity_it_checked(exported: tuple[Path, Parity]) -
     assert parity.max_box_difference_px < 0.002
     assert parity.max_score_difference < 2e-5
     assert [file.name for file in path.parent.iterdir()] == ["small.onnx"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="no process forked from one that trained can train on a GPU")
+def test_a_forked_process_trains_after_an_export(exported: tuple[Path, Parity]) -> None:
+    """Which other test files count on, whatever ran before them."""
+
+    def step() -> None:
+        torch.ones(2, requires_grad=True).sum().backward()
+
+    step()
+    process = runs.start(step)
+    process.join(60)
+    assert process.exitcode == 0
 
 
 SIZES = [(128, 160), (97, 101), (100, 77), (300, 200), (200, 300), (33, 300), (640, 64), (480, 640), (8, 8), (1, 500)]

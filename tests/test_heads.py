@@ -10,13 +10,14 @@ from scenes import grid, random_dense, random_targets
 from torch import Tensor
 from torch.testing import assert_close
 
+from ldctl.assign import RULES
 from ldctl.distill import LD, BCKDBox, BinaryKD, CrossKDBox, CrossKDClass
 from ldctl.distillation import DistillationSpec
 from ldctl.losses import LossSpec
 from ldctl.models import Detector, HeadSpec, ModelSpec, ResNetSpec
-from ldctl.models.heads import distribution_shape
-from ldctl.step import Learner, Teaching, count_positive, training_losses
-from ldctl.types import Batch, Dense
+from ldctl.models.heads import TRAITS, distribution_shape
+from ldctl.step import OWN_LOSSES, Learner, Teaching, count_positive, training_losses
+from ldctl.types import Batch, Dense, Rule
 
 KINDS = get_args(HeadSpec.model_fields["kind"].annotation)
 CLASSES, SIZE = 3, 64
@@ -27,6 +28,16 @@ def detector(kind: str, seed: int = 0) -> Detector:
     head = HeadSpec.model_validate({"kind": kind, "num_convs": 2})
     backbone = ResNetSpec(depth=18, width=0.125, init="none", norm="frozen")
     return Detector(ModelSpec(backbone=backbone, head=head, channels=32), CLASSES)
+
+
+def test_each_kind_says_whose_rule_and_losses_it_has() -> None:
+    """A kind that does not say so is none, rather than one like GFL."""
+    assert set(KINDS) == set(TRAITS) == set(OWN_LOSSES)
+    assert {traits.assignment for traits in TRAITS.values()} == set(RULES) == set(get_args(Rule))
+    new = HeadSpec.model_construct(kind="new")
+    for asked in ("traits", "has_quality", "has_centerness", "location_offset", "prior_wh"):
+        with pytest.raises(KeyError, match="new"):
+            getattr(new, asked)
 
 
 def batch(num_images: int = 4) -> Batch:

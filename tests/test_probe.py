@@ -1,19 +1,27 @@
 """Tests of the batch that fits: how it is searched for, that a run is the same with its number, and what is said."""
 
+import os
+import signal
 import tomllib
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from runs import DATA, MODEL, TRAIN, distill_spec, plain_spec, same
+from jobs import after_step
+from runs import DATA, MODEL, TRAIN, distill_spec, plain_spec, records, same
 from torch import Tensor
 
 from ldctl import distributed, engine, probe
 from ldctl.assemble import Setting, hire, make_job, open_data
+from ldctl.data.augment import eval_view
 from ldctl.data.loader import train_batches
-from ldctl.errors import SpecError, TrainingError
-from ldctl.probe import Fit, fit_on_line, largest, largest_batch, most_images, settle_batch
+from ldctl.data.table import pack
+from ldctl.errors import Interrupted, SpecError, TrainingError
+from ldctl.probe import Fit, Trial, extent_of, fit_on_line, largest, largest_batch, most_images, settle_batch
+from ldctl.samples import Sample, Samples
 from ldctl.spec import DistillSpec, RunSpec, load
 from ldctl.step import Teaching
 from ldctl.trainer import BEST_FILE
@@ -53,6 +61,16 @@ def test_four_images_are_not_tried_where_they_may_not_fit(monkeypatch: pytest.Mo
     monkeypatch.setattr(probe, "available_bytes", lambda: 470)
     assert probe._largest_on_cpu(lambda _: None, 100, CPU) == Fit(3, 180, 470)
     assert tried == [2, 4, 2]
+
+
+def test_one_image_is_tried_where_no_more_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(probe, "peak_bytes", lambda _, images: tried.append(images) or 50)
+    monkeypatch.setattr(probe, "available_bytes", lambda: 100)
+    assert probe._largest_on_cpu(lambda _: None, 1, CPU) == Fit(1, 50, 100)
+    monkeypatch.setattr(probe, "available_bytes", lambda: 99)
+    assert probe._largest_on_cpu(lambda _: None, 1, CPU) == Fit(0, 50, 99)
+    assert tried == [1, 1]
 
 
 def test_peak_of_a_trial_is_measured() -> None:
@@ -113,11 +131,51 @@ def test_each_part_of_a_distillation_has_its_own(tmp_path: Path, capsys: pytest.
     spec = load(DistillSpec, None, deepcopy(flags), [])
     engine.distill(spec, quiet=True)
     said = [line for line in capsys.readouterr().err.splitlines() if "by the linear rule" in line]
-    assert [line.partition(":")[0] for line in said] == ["teacher", "student", "assistant"], "plain takes the student's"
+    assert [line.partition(":")[0] for line in said] == ["teacher", "assistant", "student"], "plain takes the student's"
     for part in ("", "teacher", "assistant", "plain"):
         assert saved_batch(tmp_path / "run" / part) == 2
     engine.distill(engine.distill_spec(None, flags, [], resume=True), resume=True, quiet=True)
     assert "by the linear rule" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+@pytest.mark.parametrize(
+    "shown", [("output",), ("output", "device", "data", "train", "teacher", "assistant", "student")]
+)
+def test_an_assistant_keeps_a_batch_of_its_own(
+    teacher_file: Path, tmp_path: Path, shown: tuple[str, ...], is_begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes more memory than the student; the run is interrupted before its first step, or after it."""
+    flags: dict[str, object] = {
+        "output": str(tmp_path / "run"),
+        "device": "cpu",
+        "data": {**DATA, "synthetic": {"train": 40, "val": 3, "size": 64}},
+        "train": {**TRAIN, "batch": "auto", "epochs": 1},
+        "teacher": {"path": str(teacher_file)},
+        "assistant": {"model": {**MODEL, "head": {"num_convs": 2}}},
+        "student": MODEL,
+    }
+
+    def fit(trial: Trial, most: int, _: torch.device) -> Fit:
+        return Fit(min(most, 2 if trial.model.head.num_convs == 2 else 4), 1, 2)
+
+    def stop(*_: object) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(probe, "_largest_on_cpu", fit)
+        if is_begun:
+            after_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        else:
+            patch.setattr(engine, "examine", stop)
+        with pytest.raises(Interrupted):
+            engine.distill(load(DistillSpec, None, deepcopy(flags), []), quiet=True)
+    monkeypatch.setattr(probe, "largest", lambda *_: pytest.fail("tried out again"))
+    resumed = engine.distill_spec(None, {key: flags[key] for key in shown}, [], resume=True)
+    engine.distill(resumed, resume=True, quiet=True)
+    assert (saved_batch(tmp_path / "run"), saved_batch(tmp_path / "run/assistant")) == (4, 2)
+    steps = {folder: records(tmp_path / folder)[-1]["step"] for folder in ("run", "run/assistant")}
+    assert steps == {"run": 10, "run/assistant": 20}
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +183,25 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     engine.train_teacher(plain_spec(folder / "run", train__epochs=1), quiet=True)
     return folder / "run" / BEST_FILE
+
+
+def test_a_trial_is_laid_out_as_the_run_and_walks_the_data_once(
+    teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = distill_spec(tmp_path, teacher_file, train__batch="auto", train__epochs=3)
+    setting = setting_of(spec)
+    teaching = hire(teacher_file, spec.distill, CPU)
+    trial = Trial(spec, spec.student, setting, teaching, has_buckets=False)
+    monkeypatch.setattr(Samples, "__getitem__", lambda *_: pytest.fail("looks at images again"))
+    trial(1)
+    tried = trial.job(6, 2)
+    job = make_job(spec, "student", tmp_path, spec.student, setting, teaching)
+    strides = {name: value.stride() for name, value in tried.detector.state_dict().items()}
+    assert strides == {name: value.stride() for name, value in job.detector.state_dict().items()}
+    assert strides["head.cls.weight"][1] == 1, "channels last"
+    assert tried.train == job.train.model_copy(update={"batch": 6, "accumulate": 2})
+    shared = ("teaching", "data", "postprocess", "train_set", "val_set", "device")
+    assert all(getattr(tried, name) is getattr(job, name) for name in shared)
 
 
 def setting_of(spec: RunSpec) -> Setting:
@@ -158,7 +235,7 @@ def test_nothing_of_the_run_moves(teacher_file: Path, tmp_path: Path) -> None:
 def test_no_batch_of_a_run_is_larger(scale: float, tmp_path: Path) -> None:
     spec = plain_spec(tmp_path, data__synthetic__train=24, data__short_side=[64, 96], data__long_side=160)
     train_set = setting_of(spec).train_set
-    tried = largest_batch(train_set, spec.data, 3, scale, CPU)
+    tried = largest_batch(extent_of(train_set, spec.data), 3, scale, CPU)
     assert tried.images.shape[0] == len(tried.image_id) == 3
     seen = tried.for_teacher or tried
     widest = fullest = 0
@@ -171,6 +248,29 @@ def test_no_batch_of_a_run_is_larger(scale: float, tmp_path: Path) -> None:
             fullest = max(fullest, batch.targets.is_object.shape[1])
     assert fullest == tried.targets.is_object.shape[1]
     assert widest == tried.images.shape[-1]
+
+
+def test_extent_is_that_of_a_walk_over_all_images(tmp_path: Path) -> None:
+    """Of some images of a table only, one of them twice; the most objects are crowds, which do not count."""
+    spec = plain_spec(tmp_path, data__short_side=[64, 96], data__long_side=160)
+    generator = np.random.default_rng(0)
+
+    def sample(number: int, height: int, width: int, num_objects: int, num_crowds: int) -> Sample:
+        xyxy = np.array([[1, 1, height / 2, width / 2]] * num_objects, dtype=np.float32)
+        is_crowd = np.arange(num_objects) < num_crowds
+        return Sample(
+            number, f"{number}", height, width, xyxy, generator.integers(3, size=num_objects), xyxy[:, 2], is_crowd
+        )
+
+    sizes = [(50, 90, 3, 0), (400, 80, 9, 8), (70, 60, 4, 1), (30, 400, 4, 0), (90, 80, 40, 0)]
+    samples = pack(sample(number, *size) for number, size in enumerate(sizes)).take(np.array([3, 1, 0, 0, 2]))
+    dataset = replace(setting_of(spec).train_set, samples=samples)
+    views = [eval_view(one, spec.data) for one in samples]
+    found = extent_of(dataset, spec.data)
+    assert (found.height, found.width) == (max(view.height for view in views), max(view.width for view in views))
+    assert (found.height, found.width) == (160, 160)
+    assert np.array_equal(found.fullest.label, samples[0].label), "4 objects; 9 with 8 crowds are 1"
+    assert not found.has_unlabelled
 
 
 def test_ranks_agree_on_the_least(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

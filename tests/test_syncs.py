@@ -120,9 +120,9 @@ def test_a_step_waits_at_most_three_times(teacher: Path, recipe: str) -> None:
     trainer = Trainer(job)
     trainer.wrapped.train()
     batch = first_batch(job)
-    trainer.pending.append(trainer._optimize(batch))  # the first also measures shares of the gradient
+    trainer.pending.append(trainer.take_step(batch))  # the first also measures shares of the gradient
     trainer.step += 1
-    found = syncs(lambda: trainer.pending.append(trainer._optimize(batch)))
+    found = syncs(lambda: trainer.pending.append(trainer.take_step(batch)))
     regions = {term.region for term in job.teaching.spec.terms} if job.teaching else set()
     assert found.total() == 1 + bool(regions & {"vlr", "inside_gt", "outside_gt"}) + ("gi" in regions), found
     assert syncs(trainer._mean_losses).total() == 1
@@ -134,13 +134,13 @@ def test_a_step_waits_at_most_three_times_on_a_gpu(teacher: Path, recipe: object
     job = on_gpu(small_job(teacher if recipe else None, **({"distill__terms": recipe} if recipe else {})))
     trainer = Trainer(job)
     batch = to_device(first_batch(job), job.device)
-    trainer._optimize(batch)
+    trainer.take_step(batch)
     trainer.step += 1
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            trainer.pending.append(trainer._optimize(batch))
+            trainer.pending.append(trainer.take_step(batch))
             trainer._mean_losses()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -180,13 +180,13 @@ def test_a_signal_to_a_process_and_its_workers(
 
     def work() -> None:
         os.setsid()
-        original = Trainer._optimize
+        original = Trainer.take_step
 
         def slow(self: Trainer, batch: Batch) -> dict[str, Tensor]:
             time.sleep(0.3)
             return original(self, batch)
 
-        Trainer._optimize = slow  # type: ignore[method-assign]
+        Trainer.take_step = slow  # type: ignore[method-assign]
         try:
             engine.distill(spec, quiet=True)
         except Interrupted as stop:
@@ -346,7 +346,7 @@ def test_class_losses_do_not_depend_on_micro_batches(teacher: Path, parts: int) 
     batch = first_batch(whole)
     for job in (whole, cut):
         job.detector.train()
-    found, expected = Trainer(cut)._optimize(batch), Trainer(whole)._optimize(batch)
+    found, expected = Trainer(cut).take_step(batch), Trainer(whole).take_step(batch)
     assert set(found) == {"qfl", "giou", "dfl", "ld/main", "ld/vlr", "binary_kd/all"}
     for name in ("qfl", "ld/main", "ld/vlr", "binary_kd/all"):
         assert_close(found[name], expected[name], rtol=1e-4, atol=0)
@@ -451,7 +451,7 @@ def test_teacher_stays_and_gets_no_gradient(teacher: Path) -> None:
     trainer = Trainer(job)
     trainer.wrapped.train()
     start = {name: value.clone() for name, value in job.detector.state_dict().items()}
-    trainer._optimize(first_batch(job))
+    trainer.take_step(first_batch(job))
     assert any(not torch.equal(start[name], value) for name, value in job.detector.state_dict().items())
     assert not job.teaching.teacher.training
     for name, value in job.teaching.teacher.state_dict().items():
@@ -485,7 +485,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     """At step 4, which no record is due at but a save is."""
     spec = runs.distill_spec(tmp_path / "run", teacher, train__log_every=3, train__save_every=2)
     saved: dict[str, bytes] = {}
-    original = Trainer._optimize
+    original = Trainer.take_step
 
     def patched(self: Trainer, batch: Batch) -> dict[str, Tensor]:
         if self.step < 3:
@@ -494,7 +494,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         values = {"qfl": 1.0, "giou": math.nan, "dfl": 0.5, "ld/main": math.inf, "ld/vlr": 0.25, "binary_kd/all": 2.0}
         return {name: torch.tensor(value) for name, value in values.items()}
 
-    monkeypatch.setattr(Trainer, "_optimize", patched)
+    monkeypatch.setattr(Trainer, "take_step", patched)
     with pytest.raises(TrainingError) as caught:
         engine.distill(spec, quiet=True)
     assert str(caught.value) == (
@@ -514,7 +514,7 @@ def test_a_weight_that_is_not_finite_is_not_saved(
 ) -> None:
     """The loss is finite, its gradient was not: the next loss would tell, when the state were overwritten."""
     spec = runs.plain_spec(tmp_path / "run", train__save_every=1)
-    original = Trainer._optimize
+    original = Trainer.take_step
 
     def patched(self: Trainer, batch: Batch) -> dict[str, Tensor]:
         losses = original(self, batch)
@@ -522,7 +522,7 @@ def test_a_weight_that_is_not_finite_is_not_saved(
             self.job.detector.head.cls.bias.data[0] = math.inf
         return losses
 
-    monkeypatch.setattr(Trainer, "_optimize", patched)
+    monkeypatch.setattr(Trainer, "take_step", patched)
     with pytest.raises(TrainingError) as caught:
         engine.train_teacher(spec, quiet=True)
     assert str(caught.value) == (
@@ -662,7 +662,7 @@ def test_data_wait_is_the_wait_for_batches_that_of_the_first_included(
 
     first_batch(job)
     monkeypatch.setattr(trainer, "train_batches", slow_batches)
-    monkeypatch.setattr(Trainer, "_optimize", slow_step)
+    monkeypatch.setattr(Trainer, "take_step", slow_step)
     with Progress(3, 1, quiet=True) as progress, closing(MetricsLog(tmp_path / "metrics.jsonl")) as log:
         Trainer(job)._train_epoch(Interrupts(), progress, log)
     waits = [json.loads(line)["data_wait"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -225,12 +225,12 @@ def test_without_a_labelled_image_detection_losses_are_zero(teacher: Path) -> No
     nothing = replace(batch.targets, is_object=batch.targets.is_object & False)
     batch = replace(batch, targets=nothing, is_labelled=torch.zeros(4, dtype=torch.bool))
     job.detector.train()
-    losses = Trainer(job)._optimize(batch)
+    losses = Trainer(job).take_step(batch)
     assert [losses[name] for name in ("qfl", "giou", "dfl")] == [0, 0, 0]
     assert all(losses[name] > 0 for name in TERMS)
     parts = taught_job(teacher, train__accumulate=2)
     parts.detector.train()
-    cut = Trainer(parts)._optimize(batch)
+    cut = Trainer(parts).take_step(batch)
     assert [cut[name] for name in ("qfl", "giou", "dfl")] == [0, 0, 0]
     for name in ("ld/main", "ld/vlr"):
         assert_close(cut[name], losses[name], rtol=1e-4, atol=0)

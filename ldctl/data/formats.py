@@ -23,6 +23,7 @@ from ldctl.samples import Dataset
 from ldctl.schema import Spec
 
 SHOWN_FILES = 5
+LARGEST_SIDE = 20_000  # pixels; beyond, a mistyped number is likelier than such an input
 
 
 class DataSpec(Spec):
@@ -62,7 +63,7 @@ class DataSpec(Spec):
     unlabelled_only: bool = False
     synthetic: SyntheticSpec = SyntheticSpec()
     short_side: tuple[int, int] = (800, 800)
-    long_side: int = Field(default=1333, ge=32)
+    long_side: int = Field(default=1333, ge=32, le=LARGEST_SIDE)
     flip: float = Field(default=0.5, ge=0, le=1)
     canvas: bool = False
     scaled_jpeg: bool = False

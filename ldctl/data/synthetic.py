@@ -87,7 +87,7 @@ def synthetic_dataset(spec: SyntheticSpec, split: Literal["train", "val"]) -> Da
         1 to 6 objects in nearly every image; `area` is the box's.
     """
     count = spec.train if split == "train" else spec.val
-    identity = f"{_VERSION} {split} {spec.model_dump_json()}"
+    identity = f"{_VERSION} {split} {count} {spec.model_dump_json(exclude={'train', 'val'})}"
     return Dataset(
         name=f"synthetic {split}",
         classes=CLASSES,

@@ -34,6 +34,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from ldctl.errors import CheckpointError
 from ldctl.schema import Spec
+from ldctl.types import Rule
 
 MAGIC = b"ldcache\x01"  # the last byte is the version of the format
 PREFIX = len(MAGIC) + 8 + 32
@@ -54,7 +55,7 @@ class CacheHeader(Spec):
         model: The teacher's spec as a JSON object.
         classes: The teacher's class names.
         metrics: Figures that the teacher's file says of it.
-        metrics_fingerprint: Of the data that those are of; None where the file does not say.
+        metrics_fingerprint: Of the images that those are of; None where the file does not say.
         train_fingerprint: Of the training set.
         num_images: Of the training set.
         flips: Whether views are mirrored: one or both.
@@ -91,7 +92,7 @@ class CacheHeader(Spec):
     short_side: int
     long_side: int
     scaled_jpeg: bool
-    assignment: Literal["atss", "fcos", "retina"]
+    assignment: Rule
     edge_regions: tuple[CachedRegion, ...]
     cls_regions: tuple[CachedRegion, ...]
     vlr: str

@@ -74,8 +74,8 @@ class Detector(nn.Module):
         self.fpn = FPN(
             self.backbone.out_channels,
             spec.channels,
-            has_relu=spec.head.kind == "fcos",
-            is_on_input=spec.head.kind == "retina",
+            has_relu=spec.head.traits.has_pyramid_relu,
+            is_on_input=spec.head.traits.is_pyramid_on_input,
         )
         self.head = DenseHead(spec.head, spec.channels, num_classes, STRIDES)
 

@@ -1,6 +1,7 @@
 """Dense heads: pyramid maps to class logits and edge distributions at every location."""
 
 import math
+from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
@@ -11,13 +12,46 @@ from torch import Tensor, nn
 
 from ldctl.boxes import SQUARE, location_grid, octave_priors
 from ldctl.schema import Spec
-from ldctl.types import Dense, Locations, TowerMaps
+from ldctl.types import Dense, Locations, Rule, TowerMaps
 
 NORM_GROUPS = 32  # Source: GFL and ATSS configurations
 CONV_STD = 0.01  # Source: RetinaNet (ICCV 2017, arXiv:1708.02002), 4.1
 PRIOR = 0.01  # class probability at the start. Source: as above
 NUM_TOP = 4  # bins of each edge that tell the quality of a box. Source: GFLv2 (CVPR 2021, arXiv:2011.12885), 3.2
 QUALITY_CHANNELS = 64  # Source: as above
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What tells a kind of head from the others; as in GFL, unless given.
+
+    Attributes:
+        assignment: By whose rule objects are assigned to locations.
+        quality: What tells how good a location's box is, whatever its class: how central it is in its object, or the
+            shape of its edge distributions; none where nothing does.
+        location_offset: How far locations lie from the corners of their cells, in strides.
+        prior_wh: Width and height of each of a cell's prior boxes, in strides.
+        has_scales: Whether the edges have a learned scale per level.
+        has_pyramid_relu: See `FPN`.
+        is_pyramid_on_input: See `FPN`.
+    """
+
+    assignment: Rule
+    quality: Literal["shape", "centerness"] | None
+    location_offset: float = 0.0
+    prior_wh: tuple[tuple[float, float], ...] = SQUARE
+    has_scales: bool = True
+    has_pyramid_relu: bool = False
+    is_pyramid_on_input: bool = False
+
+
+TRAITS = {
+    "gfl": Traits("atss", quality=None),
+    "gflv2": Traits("atss", quality="shape"),
+    "atss": Traits("atss", quality="centerness"),
+    "fcos": Traits("fcos", quality="centerness", location_offset=0.5, has_pyramid_relu=True),
+    "retina": Traits("retina", quality=None, prior_wh=octave_priors(), has_scales=False, is_pyramid_on_input=True),
+}
 
 
 class HeadSpec(Spec):
@@ -43,24 +77,29 @@ class HeadSpec(Spec):
     norm: Literal["group", "none"] = "group"
 
     @property
+    def traits(self) -> Traits:
+        """Return what tells the head's kind from the others."""
+        return TRAITS[self.kind]
+
+    @property
     def has_centerness(self) -> bool:
         """Return whether the quality of a location is how central it is in its object."""
-        return self.kind in ("atss", "fcos")
+        return self.traits.quality == "centerness"
 
     @property
     def location_offset(self) -> float:
         """Return how far locations lie from the corners of their cells, in strides."""
-        return 0.5 if self.kind == "fcos" else 0.0
+        return self.traits.location_offset
 
     @property
     def prior_wh(self) -> tuple[tuple[float, float], ...]:
         """Return width and height of each of a cell's prior boxes, in strides."""
-        return octave_priors() if self.kind == "retina" else SQUARE
+        return self.traits.prior_wh
 
     @property
     def has_quality(self) -> bool:
         """Return whether the head tells how good a location's box is, whatever its class."""
-        return self.kind not in ("gfl", "retina")
+        return self.traits.quality is not None
 
     @model_validator(mode="after")
     def _check_bins(self) -> "HeadSpec":
@@ -149,9 +188,11 @@ def distribution_shape(edge: Float[Tensor, "B _ H W"], num_bins: int) -> Float[T
 class DenseHead(nn.Module):
     """Two towers shared by all levels, and a learned scale per level: an inverse temperature of the edges.
 
-    RetinaNet's has no scales. Where a cell has several prior boxes, its channels are those of one after another.
+    Where a cell has several prior boxes, its channels are those of one after another.
 
-    Source: GFL (NeurIPS 2020, arXiv:2006.04388); the other kinds differ in the quality and the locations alone.
+    Source: GFL (NeurIPS 2020, arXiv:2006.04388). The other kinds differ in what tells the quality of a location and in
+    where locations lie; RetinaNet's also has nine prior boxes at each, and no scales. Without norms, which any kind can
+    be, the layers of the towers have biases.
     """
 
     def __init__(self, spec: HeadSpec, channels: int, num_classes: int, strides: tuple[int, ...]) -> None:
@@ -166,7 +207,7 @@ class DenseHead(nn.Module):
         self.edge_tower = Tower(spec, channels)
         self.cls = nn.Conv2d(channels, num_priors * num_classes, kernel_size=3, padding=1)
         self.edge = nn.Conv2d(channels, num_priors * 4 * self.num_bins, kernel_size=3, padding=1)
-        self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in strides if spec.kind != "retina")
+        self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in strides if spec.traits.has_scales)
         self.has_centerness = spec.has_centerness
         self.quality = quality_branch(spec, channels)
         for module in self.modules():
