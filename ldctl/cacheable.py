@@ -46,7 +46,8 @@ def check_recipe(spec: DistillSpec) -> None:
             mend = f"pass --set distill.terms.{index}.region=main" if is_on_logits else "leave the term out"
             fault = (
                 f'distill.terms.{index}: "{term.kind}" looks at more than what the teacher says in the main region and '
-                f"the VLR, which is what a cache holds: {mend}, or pass --preset ld-full or ld-main"
+                f"the VLR, which is what a cache holds: {mend}, or pass --preset ld-full or ld-main (small-ld-full or "
+                "small-ld-main for small data)"
             )
     if fault:
         raise SpecError(fault)

@@ -37,9 +37,10 @@ from ldctl.data.teacher_cache import (
     Dtype,
     TeacherCache,
     ViewRows,
+    open_cache,
     view_number,
 )
-from ldctl.errors import DataError, MissingError, OutputError, SpecError
+from ldctl.errors import CheckpointError, DataError, MissingError, OutputError, SpecError
 from ldctl.log import PassProgress
 from ldctl.metrics import Metrics
 from ldctl.models.detector import STRIDES, Detector
@@ -83,7 +84,7 @@ def cache_teacher(spec: DistillSpec, target: Path | None, dtype: Dtype, *, quiet
         raise SpecError('train.batch is "auto": pass --batch with the number that the run is going to have')
     source = Path(spec.teacher.path)
     target = target or source.with_suffix(SUFFIX)
-    checkpoint.check_new(target)
+    check_unbuilt(target)
     device = choose_device(spec.device)
     loaded, meta = load_detector(source)
     teacher = frozen(loaded, device)
@@ -102,6 +103,22 @@ def cache_teacher(spec: DistillSpec, target: Path | None, dtype: Dtype, *, quiet
     build(spec, teacher, header, dataset, target, device=device, quiet=quiet)
     size = target.stat().st_size
     return f"{target}: {header.num_views} views, {_mb(size)}, {size / header.num_views / 1e3:.1f} kB each"
+
+
+def check_unbuilt(target: Path) -> None:
+    """Refuse to overwrite a file, and say of a cache that it can be used.
+
+    Raises:
+        OutputError: It exists.
+    """
+    try:
+        open_cache(target)
+    except CheckpointError:
+        checkpoint.check_new(target)
+    else:
+        raise OutputError(
+            f"{target}: a finished cache already: pass it to `ldctl distill --cache` as it is, or another --output"
+        )
 
 
 def build(

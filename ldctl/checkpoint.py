@@ -20,11 +20,13 @@ from ldctl import __version__
 from ldctl.errors import CheckpointError, OutputError
 from ldctl.files import write_whole
 from ldctl.keys import key_faults
+from ldctl.preset_files import preset_training
 from ldctl.schema import Spec
 
 FORMAT_VERSION = 1
 META_KEY = "ldctl"  # weights; of the strings in a safetensors header
 STATE_KEY = "ldctl-state"  # a run's state
+IS_STATE = "a run's saved state, which only --resume reads: pass best.safetensors beside it"
 MAX_HEADER = 100_000_000  # bytes. Source: the safetensors format
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -155,6 +157,15 @@ def load_meta(path: Path) -> CheckpointMeta:
         ) from error
 
 
+def is_ours(path: Path) -> bool:
+    """Return whether a file is a checkpoint that this ldctl can read."""
+    try:
+        load_meta(path)
+    except CheckpointError:
+        return False
+    return True
+
+
 def load_state(path: Path) -> RunState:
     """Read the state of a run.
 
@@ -217,7 +228,7 @@ def _read_text(path: Path, key: str, *, other: str) -> str:
     texts = _read_header(path).get("__metadata__", {})
     text = texts.get(key)
     if not isinstance(text, str):
-        raise CheckpointError(f"{path}: {other}")
+        raise CheckpointError(f"{path}: {IS_STATE if STATE_KEY in texts else other}")
     try:
         found = json.loads(text)["format_version"]
     except (ValueError, KeyError, TypeError) as error:
@@ -279,6 +290,11 @@ def _check_file(path: Path) -> None:
         raise CheckpointError(f"{path}: a folder, not a weights file: pass a file in it, as best.safetensors")
     if path.exists():
         return
+    if not path.parent.is_dir() and (preset := preset_training(path.parent)):
+        raise CheckpointError(
+            f"{path}: no such file: train it first with `ldctl teacher train --preset {preset}`, or pass another file "
+            "(`ldctl distill --teacher FILE`)"
+        )
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: no such file, and no folder {path.parent}: check the path")
     found = {entry.stem: entry.name for entry in path.parent.iterdir() if entry.suffix in (".safetensors", ".pth")}

@@ -1,6 +1,6 @@
 """What a student learns from its teacher: the terms, and which detectors and classes they can compare."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -84,13 +84,27 @@ class DistillationSpec(RegionSpec):
         if not paired or other is None:
             return None
         key = "assistant.model" if other == "assistant" else other
-        nearest = {term.name: term for term in map(without_pairs, self.terms)}
         return (
             f'the {first} has a head "{wanted.kind}", the {other} "{heads[other].kind}", and "retina" tells nine boxes '
             f"where the others tell one, so that {', '.join(dict.fromkeys(paired))} cannot pair them: "
             f"pass --set {key}.head.kind={wanted.kind}, or the nearest terms that work: "
-            f"--set 'distill.terms={in_toml(nearest.values())}'"
+            f"{self.instead(without_pairs, heads)}"
         )
+
+    def instead(self, nearest: Callable[[Term], Term], heads: Mapping[str, HeadSpec]) -> str:
+        """Return the options that put other terms in the place of some, with a cut that the heads' towers have.
+
+        Args:
+            nearest: Returns a term that can stay, and another in the place of one that cannot.
+            heads: By whose they are.
+        """
+        replaced = {term.name: term for term in map(nearest, self.terms)}
+        kept = {term.name: term for term in self.terms if nearest(term) is term}
+        terms = (replaced | kept).values()
+        options = f"--set 'distill.terms={in_toml(terms)}'"
+        largest = min(head.num_convs for head in heads.values())
+        is_crossed = any(isinstance(term, CrossKDBox | CrossKDClass) for term in terms)
+        return f"{options} --set distill.cut={largest}" if is_crossed and self.cut > largest else options
 
     def check_classes(self, match: ClassMatch) -> None:
         """Refuse terms on classes where none is shared, and a softmax over a single one, which would always be zero.
@@ -136,6 +150,14 @@ def without_pairs(term: Term) -> Term:
             return term.model_copy(update={"region": "finegrained"})
         case _:
             return term
+
+
+def without_edges(term: Term) -> Term:
+    """Return the term if it does not compare edge distributions bin by bin, else the nearest that compares boxes.
+
+    Detectors whose locations lie at different places of the image can only be compared by such terms.
+    """
+    return BCKDBox() if isinstance(term, LD) else term
 
 
 def in_toml(terms: Iterable[Term]) -> str:

@@ -32,6 +32,8 @@ def import_teacher(source: Path, target: Path, classes: str | None) -> str:
         OutputError: The target exists or cannot be written.
     """
     checkpoint.check_new(target)
+    if checkpoint.is_ours(source):
+        raise CheckpointError(f"{source}: a checkpoint of ldctl already, which needs no import: use it as it is")
     state = mmdet.read_mmdet(source)
     tensors = mmdet.from_mmdet(state, source)
     found = mmdet.infer_mmdet(state, source)

@@ -1,9 +1,13 @@
 """Options that several commands share, and what they say in the words of a spec."""
 
+import difflib
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ldctl.errors import SpecError
 
 DEPTHS = {"r18": 18, "r34": 34, "r50": 50, "r101": 101}  # short names of the ResNets, as in the papers
 BACKBONES = "r18, r34, r50, r101, a network of torchvision, or timm:NAME"
@@ -65,6 +69,10 @@ def backbone_flags(section: str, name: str | None) -> dict[str, object]:
         return {}
     if name in DEPTHS:
         return {f"{section}.backbone.depth": DEPTHS[name]}
+    if re.fullmatch(r"r\d+", name, re.IGNORECASE):  # which no network of torchvision is called
+        near = difflib.get_close_matches(name.lower(), DEPTHS, n=1)
+        hint = f"did you mean {near[0]}? There" if near else "there"
+        raise SpecError(f"no backbone '{name}': {hint} are {BACKBONES}")
     kind = "timm" if name.startswith("timm:") else "torchvision"
     return {f"{section}.backbone": {"kind": kind, "name": name.removeprefix("timm:")}}
 

@@ -1,6 +1,7 @@
 """Where presets are: complete runs in one TOML file each, shipped with the package or of the user's own."""
 
 import difflib
+import tomllib
 from importlib import resources
 from pathlib import Path
 
@@ -16,6 +17,15 @@ def preset_folder() -> Path:
 def preset_names() -> tuple[str, ...]:
     """Return the names of the shipped presets, sorted."""
     return tuple(sorted(path.stem for path in preset_folder().glob("*.toml")))
+
+
+def preset_training(folder: Path) -> str | None:
+    """Return the shipped preset of `ldctl teacher train` whose run is kept in a folder; none where none is."""
+    for name in preset_names():
+        values = tomllib.loads(find_preset(name).read_text(encoding="utf-8"))
+        if "model" in values and values.get("output") == folder.as_posix():
+            return name
+    return None
 
 
 def find_preset(name: str) -> Path:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from ldctl import toml
 from ldctl.data import SMALLEST_SIDE, DataSpec
 from ldctl.distill import BinaryKD
-from ldctl.distillation import DistillationSpec
+from ldctl.distillation import DistillationSpec, without_edges
 from ldctl.errors import SpecError
 from ldctl.losses import LossSpec
 from ldctl.models.detector import ModelSpec, PostprocessSpec
@@ -266,8 +266,8 @@ class DistillSpec(RunSpec):
                 return (
                     f'the {first} has a head "{wanted.kind}", the {name} "{head.kind}", whose locations lie half a '
                     'stride apart, so "ld" would compare distances from different places: '
-                    f"pass --set {key}.head.kind={wanted.kind}, or compare boxes and classes instead: "
-                    """--set 'distill.terms=[{kind="bckd_box"},{kind="binary_kd"}]'"""
+                    f"pass --set {key}.head.kind={wanted.kind}, or compare boxes instead: "
+                    f"{self.distill.instead(without_edges, heads)}"
                 )
         largest = min(head.num_convs for head in heads.values())
         if teacher is not None and self.distill.tower_cut > largest:

@@ -333,7 +333,7 @@ def test_what_float16_cannot_hold(data: Path, teacher: Path, tmp_path: Path) -> 
 
 ELSEWHERE = (
     "looks at more than what the teacher says in the main region and the VLR, which is what a cache holds: {}, or pass "
-    "--preset ld-full or ld-main"
+    "--preset ld-full or ld-main (small-ld-full or small-ld-main for small data)"
 )
 REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "scales": (

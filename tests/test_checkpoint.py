@@ -258,11 +258,17 @@ def test_a_header_that_contradicts_itself(good: Path) -> None:
     assert "\n" not in fault(good)
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"ldctl-state": '{"format_version": 1, "values": {}}'}])
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
 def test_foreign(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.ones(2)}, path, metadata)
     assert fault(path) == f"{path}: no metadata of ldctl, as other tools' files: pass a file that `ldctl` wrote"
+
+
+def test_a_state_is_not_weights(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    checkpoint.save_state(path, {"weight": torch.ones(2)}, {})
+    assert fault(path) == (f"{path}: a run's saved state, which only --resume reads: pass best.safetensors beside it")
 
 
 def test_weights_are_not_a_state(good: Path) -> None:

@@ -178,6 +178,7 @@ NO_DATA = (
     "error: nowhere: no such folder: put a COCO, VOC or YOLO data set there or name one with --data; "
     "`ldctl distill --preset quickstart` needs none\n"
 )
+STATE = "error: state.safetensors: a run's saved state, which only --resume reads: pass best.safetensors beside it\n"
 MISTAKES = {
     "distill": (3, "error: teacher: no teacher: pass --teacher FILE, or say in [teacher.model] what to train first\n"),
     "distill --preset nope.toml": (3, "error: --preset nope.toml: no such file\n"),
@@ -189,6 +190,32 @@ MISTAKES = {
     "distill --teacher no/none.safetensors": (
         5, "error: no/none.safetensors: no such file, and no folder no: check the path\n",
     ),
+    "distill --preset quickstart --set data.unlabelled=no/such": (
+        4, "error: no/such: no such folder: name a folder of images with data.unlabelled, or leave it out\n",
+    ),
+    "distill --preset small": (
+        5,
+        "error: runs/small-teacher/best.safetensors: no such file: train it first with `ldctl teacher train --preset "
+        "small-teacher`, or pass another file (`ldctl distill --teacher FILE`)\n",
+    ),
+    "distill --student r19": (
+        3,
+        "error: no backbone 'r19': did you mean r18? There are r18, r34, r50, r101, a network of torchvision, or "
+        "timm:NAME\n",
+    ),
+    "teacher train --model R50": (
+        3,
+        "error: no backbone 'R50': did you mean r50? There are r18, r34, r50, r101, a network of torchvision, or "
+        "timm:NAME\n",
+    ),
+    "teacher train --data broken.toml": (
+        4,
+        "error: broken.toml: a file, not a folder: name the data set's folder with --data, and an annotation file in "
+        "it with data.train or data.val\n",
+    ),
+    "export state.safetensors": (5, STATE),
+    "eval state.safetensors": (5, STATE),
+    "distill --teacher state.safetensors": (5, STATE),
     "distill --teacher text.safetensors": (
         5, "error: text.safetensors: not a safetensors file: pass a file that `ldctl` wrote\n",
     ),
@@ -246,7 +273,8 @@ MISTAKES = {
     "distill --cache none.cache --preset pkd": (
         3,
         'error: distill.terms.0: "pkd" looks at more than what the teacher says in the main region and the VLR, which '
-        "is what a cache holds: leave the term out, or pass --preset ld-full or ld-main\n",
+        "is what a cache holds: leave the term out, or pass --preset ld-full or ld-main (small-ld-full or "
+        "small-ld-main for small data)\n",
     ),
     "teacher cache none.safetensors": (
         5,
@@ -266,6 +294,7 @@ def test_a_mistake_gets_one_line(ldctl: Callable[[str], Ran], tmp_path: Path, li
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    checkpoint.save_state(tmp_path / "state.safetensors", {"a": torch.zeros(1)}, {})
     before = tree(tmp_path)
     ran = ldctl(line.format(synthetic=SYNTHETIC, plain=PLAIN))
     assert (ran.code, ran.err) == MISTAKES[line]
@@ -310,7 +339,10 @@ def test_a_teacher_is_cached_and_a_student_distilled(
     assert ran.out.startswith("t.cache: 20 views, 0.2 MB, ")
     assert ran.err.startswith("t.cache: 20 views, about 0.2 MB, ")
     again = ldctl(f"teacher cache t.safetensors {recipe}")
-    assert (again.code, again.err) == (7, "error: t.cache: exists already: pass another --output\n")
+    assert (again.code, again.err) == (
+        7,
+        "error: t.cache: a finished cache already: pass it to `ldctl distill --cache` as it is, or another --output\n",
+    )
     (tmp_path / "t.safetensors").unlink()  # nobody needs it any more
     ran = ldctl(f"distill --cache t.cache {recipe} {STUDENT} --epochs 1 -o run -q")
     assert ran.code == 0, ran.err
@@ -328,6 +360,13 @@ def test_a_truncated_teacher(ldctl: Callable[[str], Ran], teacher: Path, tmp_pat
     message = f"error: cut.safetensors: truncated ({size - 100} bytes of {size}): take another copy of the file\n"
     assert (ran.code, ran.err) == (5, message)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_needs_no_import(ldctl: Callable[[str], Ran], teacher: Path, tmp_path: Path) -> None:
+    ran = ldctl(f"teacher import {teacher} -o new.safetensors")
+    message = f"error: {teacher}: a checkpoint of ldctl already, which needs no import: use it as it is\n"
+    assert (ran.code, ran.err) == (5, message)
+    assert not (tmp_path / "new.safetensors").exists()
 
 
 def test_a_teacher_of_other_bins(ldctl: Callable[[str], Ran], teacher: Path, tmp_path: Path) -> None:

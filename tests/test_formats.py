@@ -535,6 +535,18 @@ def test_an_empty_folder_says_what_was_looked_for(tmp_path: Path) -> None:
     )
 
 
+def test_the_annotation_files_that_are_there_are_told(tmp_path: Path) -> None:
+    (tmp_path / "annotations").mkdir()
+    for name in ("a", "b", "c", "d", "e", "super_val", "z"):
+        (tmp_path / f"annotations/{name}.json").write_text("{}")
+    files = ", ".join(f"annotations/{name}.json" for name in "abcde")
+    there = f"{files} and 2 more: name one with data.val"
+    for value, hint in (("super_val.json", "did you mean annotations/super_val.json? There"), ("none.json", "there")):
+        with pytest.raises(DataError) as caught:
+            open_dataset(DataSpec(path=str(tmp_path), format="coco", val=value), "val")
+        assert str(caught.value) == f"{tmp_path}: no val split: looked for COCO's {value}: {hint} is {there}"
+
+
 def test_the_generated_data_set_needs_no_folder() -> None:
     dataset = open_dataset(DataSpec(path="/nowhere", format="synthetic"), "val")
     assert len(dataset.samples) == DataSpec().synthetic.val

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -224,14 +225,14 @@ def test_terms_on_classes_without_a_shared_class_are_refused(
         (
             "student.head.kind=fcos",
             'the teacher has a head "gfl", the student "fcos", whose locations lie half a stride apart, so "ld" would '
-            "compare distances from different places: pass --set student.head.kind=gfl, or compare boxes and classes "
-            """instead: --set 'distill.terms=[{kind="bckd_box"},{kind="binary_kd"}]'""",
+            "compare distances from different places: pass --set student.head.kind=gfl, or compare boxes instead: "
+            """--set 'distill.terms=[{kind = "bckd_box"}, {kind = "binary_kd"}]'""",
         ),
         (
             "assistant.model.head.kind=fcos",
             'the teacher has a head "gfl", the assistant "fcos", whose locations lie half a stride apart, so "ld" '
             "would compare distances from different places: pass --set assistant.model.head.kind=gfl, or compare boxes "
-            """and classes instead: --set 'distill.terms=[{kind="bckd_box"},{kind="binary_kd"}]'""",
+            """instead: --set 'distill.terms=[{kind = "bckd_box"}, {kind = "binary_kd"}]'""",
         ),
         (
             'distill={cut=4,terms=[{kind="crosskd_box"}]}',
@@ -246,6 +247,47 @@ def test_heads_that_cannot_be_compared(assignment: str, message: str) -> None:
     with pytest.raises(SpecError) as caught:
         spec.load(DistillSpec, None, {}, [*heads, assignment])
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("terms", "kind", "options"),
+    [
+        (
+            '[{kind="ld"},{kind="ld",region="vlr"},{kind="kd",weight=0.5},{kind="imitation",region="main"}]',
+            "fcos",
+            """--set 'distill.terms=[{kind = "bckd_box"}, {kind = "kd", weight = 0.5}, """
+            """{kind = "imitation", region = "main"}]'""",
+        ),
+        (
+            '[{kind="bckd_box",weight=2.0},{kind="ld"}]',
+            "fcos",
+            """--set 'distill.terms=[{kind = "bckd_box", weight = 2.0}]'""",
+        ),
+        (
+            '[{kind="ld"},{kind="crosskd_cls"}]',
+            "fcos",
+            """--set 'distill.terms=[{kind = "bckd_box"}, {kind = "crosskd_cls"}]' --set distill.cut=2""",
+        ),
+        (
+            '[{kind="ld"},{kind="binary_kd"}]',
+            "retina",
+            """--set 'distill.terms=[{kind = "crosskd_box"}, {kind = "crosskd_cls"}]' --set distill.cut=2""",
+        ),
+        (
+            '[{kind="imitation"},{kind="pkd"}]',
+            "retina",
+            """--set 'distill.terms=[{kind = "imitation", region = "finegrained"}, {kind = "pkd"}]'""",
+        ),
+    ],
+)
+def test_terms_that_are_suggested_work(terms: str, kind: str, options: str) -> None:
+    run = ["teacher.model.backbone.depth=50", "student.head.num_convs=2", f"student.head.kind={kind}"]
+    with pytest.raises(SpecError) as caught:
+        spec.load(DistillSpec, None, {}, [*run, f"distill.terms={terms}"])
+    assert str(caught.value).endswith(f": {options}")
+    pasted = [word for word in shlex.split(options) if word != "--set"]
+    found = spec.load(DistillSpec, None, {}, [*run, *pasted])
+    assert found.fault_of_heads(found.teacher.model) is None
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Which data set to read, and how: COCO JSON, PASCAL VOC, YOLO text files or generated images."""
 
+import difflib
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from ldctl.errors import DataError
 from ldctl.samples import Dataset
 from ldctl.schema import Spec
 
+SHOWN_FILES = 5
 LARGEST_SIDE = 20_000  # pixels; beyond, a mistyped number is likelier than such an input
 
 
@@ -163,6 +165,11 @@ def _read(spec: DataSpec, split: Split) -> Dataset:
             f"{path}: no such folder: put a COCO, VOC or YOLO data set there or name one with --data; "
             "`ldctl distill --preset quickstart` needs none"
         )
+    if path.is_file() and path.suffix not in (".yaml", ".yml"):
+        raise DataError(
+            f"{path}: a file, not a folder: name the data set's folder with --data, and an annotation file in it with "
+            "data.train or data.val"
+        )
     value, other = (spec.train, spec.val) if split == "train" else (spec.val, spec.train)
     found = _detect(path, spec) if spec.format == "auto" else spec.format
     if found == "coco" and (annotations := find_annotations(path, split, value)):
@@ -190,6 +197,15 @@ def _not_found(path: Path, split: Split, value: str | None, found: str) -> str:
     looked_for = {"coco": f"COCO's {coco}", "voc": "VOC's ImageSets/Main/*.txt", "yolo": "YOLO's data.yaml"}
     if found:
         looked_for = {found: looked_for[found]}
-    there = sorted(str(file.relative_to(path)) for file in (*path.glob("*.json"), *path.glob("annotations/*.json")))
-    hint = f"there is {', '.join(there[:5])}: name one" if there else "mend data.path, or name an annotation file"
+    hint = _hint(path, value) or "mend data.path, or name an annotation file"
     return f"{path}: no {split} split: looked for {'; '.join(looked_for.values())}: {hint} with data.{split}"
+
+
+def _hint(path: Path, value: str | None) -> str:
+    """Say which annotation files there are, first of all the one that may have been meant; nothing of none."""
+    files = sorted(str(file.relative_to(path)) for file in (*path.glob("*.json"), *path.glob("annotations/*.json")))
+    by_stem = {Path(file).stem: file for file in files}
+    near = difflib.get_close_matches(Path(value).stem, by_stem, n=1) if value else []
+    meant = f"did you mean {by_stem[near[0]]}? There" if near else "there"
+    more = f" and {len(files) - SHOWN_FILES} more" if len(files) > SHOWN_FILES else ""
+    return f"{meant} is {', '.join(files[:SHOWN_FILES])}{more}: name one" if files else ""
